@@ -1,0 +1,60 @@
+"""medcl: self-supervised learning on 3D medical images.
+
+`medcl.pretrain(config)`, `medcl.finetune(config)` and the other stages take the dataclasses of `medcl.config`; each is
+imported when first used, so that `import medcl` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Waiting threads should sleep: with spinning ones a single busy neighbour makes two-thread torch many times slower. It
+# has to be said before torch is loaded; a value set by the user wins.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+_STAGES = {
+    "scan": "medcl.data.stage",
+    "prepare": "medcl.data.stage",
+    "pretrain": "medcl.pretext.stage",
+    "finetune": "medcl.downstream.stage",
+    "predict": "medcl.downstream.predict",
+    "evaluate": "medcl.evaluation.stage",
+    "compare": "medcl.evaluation.stage",
+    "report": "medcl.report.stage",
+    "export": "medcl.checkpoint",
+}
+_CONFIGS = tuple(f"{stage.capitalize()}Config" for stage in _STAGES)
+
+__all__ = [*_STAGES, *_CONFIGS]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from medcl.checkpoint import export
+    from medcl.config import (
+        CompareConfig,
+        EvaluateConfig,
+        ExportConfig,
+        FinetuneConfig,
+        PredictConfig,
+        PrepareConfig,
+        PretrainConfig,
+        ReportConfig,
+        ScanConfig,
+    )
+    from medcl.data.stage import prepare, scan
+    from medcl.downstream.predict import predict
+    from medcl.downstream.stage import finetune
+    from medcl.evaluation.stage import compare, evaluate
+    from medcl.pretext.stage import pretrain
+    from medcl.report.stage import report
+
+
+def __getattr__(name: str) -> Any:
+    if name in _STAGES:
+        return getattr(importlib.import_module(_STAGES[name]), name)
+    if name in _CONFIGS:
+        return getattr(importlib.import_module("medcl.config"), name)
+    raise AttributeError(f"module 'medcl' has no attribute {name!r}")

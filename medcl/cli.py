@@ -1,0 +1,186 @@
+"""The `medcl` command: one thin function a subcommand. Everything heavy is imported inside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from medcl.errors import MedclError
+
+Command = Callable[[Any], None]
+
+
+def _scan(config: Any) -> None:
+    from medcl.data.scan import print_summary, summary_dict
+    from medcl.data.stage import scan
+
+    manifest = scan(config)
+    if config.json:
+        print(json.dumps(summary_dict(manifest), indent=1))
+        return
+    print_summary(manifest)
+    print(f"Manifest in {config.out}. Next: medcl pretrain {config.source} --out runs/NAME")
+
+
+def _prepare(config: Any) -> None:
+    from medcl.data.stage import prepare
+
+    prepare(config)
+
+
+def _pretrain(config: Any) -> None:
+    from medcl.pretext.stage import pretrain
+
+    run = pretrain(config)
+    _report(run)
+    print(f"Next: medcl finetune LABELLED --init {run} --labels 2 --out runs/NAME")
+
+
+def _finetune(config: Any) -> None:
+    from medcl.downstream.stage import finetune
+
+    run = finetune(config)
+    _report(run)
+    print(f"Next: medcl evaluate {run}, or medcl predict {run} SCANS OUT")
+
+
+def _predict(config: Any) -> None:
+    from medcl.downstream.predict import predict
+
+    predict(config)
+
+
+def _evaluate(config: Any) -> None:
+    from medcl.evaluation.evaluate import print_table
+    from medcl.evaluation.stage import evaluate
+
+    print_table(evaluate(config))
+    run = Path(config.predictions)
+    if (run / "config.yaml").exists() and not config.out:
+        _report(run)
+
+
+def _compare(config: Any) -> None:
+    from medcl.evaluation.compare import print_comparison
+    from medcl.evaluation.stage import compare
+    from medcl.report.html import write_comparison_report
+
+    result = compare(config)
+    print_comparison(result)
+    out = Path(config.out)
+    page = write_comparison_report(out, result, [Path(r) for r in config.runs], [Path(r) for r in config.baseline])
+    print(f"Report: {page}")
+
+
+def _report_again(config: Any) -> None:
+    _report(Path(config.run))
+
+
+def _export(config: Any) -> None:
+    from medcl.checkpoint import export
+
+    export(config)
+
+
+def _report(run: Path) -> None:
+    from medcl.config import ReportConfig
+    from medcl.report.stage import report
+
+    print(f"Report: {report(ReportConfig(str(run)))}")
+
+
+# name: (what it does, positional arguments, config class, function)
+COMMANDS: dict[str, tuple[str, tuple[str, ...], str, Command]] = {
+    "scan": ("what is in a folder of scans, and what is wrong with it", ("source",), "ScanConfig", _scan),
+    "prepare": ("one orientation, spacing and intensity scale, ready for random crops", ("source",), "PrepareConfig", _prepare),
+    "pretrain": ("an encoder from unlabelled scans", ("source",), "PretrainConfig", _pretrain),
+    "finetune": ("a segmentation network from a few labelled subjects", ("source",), "FinetuneConfig", _finetune),
+    "predict": ("label maps on each input's own grid", ("run", "input", "output"), "PredictConfig", _predict),
+    "evaluate": ("Dice and surface distances, with intervals", ("predictions", "reference"), "EvaluateConfig", _evaluate),
+    "compare": ("did pretraining help? paired, with intervals", ("runs",), "CompareConfig", _compare),
+    "report": ("write the page of a run again", ("run",), "ReportConfig", _report_again),
+    "export": ("weights for the plain MONAI class", ("run",), "ExportConfig", _export),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<10}{text}" for name, (text, *_) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: medcl COMMAND ... [--debug]",
+            "",
+            "Self-supervised learning on 3D medical images: a folder of scans, a pretrained encoder, few-label results.",
+            "",
+            *lines,
+            "",
+            "medcl COMMAND --help tells the options; --config FILE.yaml reads them from a file.",
+            "medcl --version prints the version.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, 2 for an error that a user can mend, 130 when interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if args[0] == "--version":
+        from medcl import __version__
+
+        print(__version__)
+        return 0
+    try:
+        return _run(args[0], args[1:])
+    except KeyboardInterrupt:
+        print("medcl: interrupted; what was written is kept, --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `medcl scan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        print(f"medcl: error: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def one_line(error: Exception) -> str:
+    """What a user is told of an error; only one that medcl did not foresee mentions --debug."""
+    if isinstance(error, MedclError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename:
+        from medcl.files import disk_error
+
+        return str(disk_error(error, error.filename))
+    if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+        return "out of memory. Lower --batch_size, or the patch_size in plan.json and pass it with --plan."
+    text = " ".join(str(error).split())[:300]
+    return f"unexpected {type(error).__name__}: {text}. Run again with --debug for the traceback, and report it."
+
+
+def _run(name: str, args: list[str]) -> int:
+    if name not in COMMANDS:
+        from medcl.config import nearest
+
+        raise MedclError(f"unknown command {name!r}", remedy=nearest(name, COMMANDS))
+    _, positional, config_name, function = COMMANDS[name]
+    from medcl.parsing import parse
+
+    config = parse(name, positional, config_name, args)
+    if config is not None:
+        from medcl.run import setup_log
+
+        setup_log()
+        function(config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""One frozen dataclass a stage: the command line, the YAML files and the Python API all take these.
+
+Imports nothing heavy, so that `medcl --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from medcl.errors import MedclError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """What is in a folder of scans.
+
+    Args:
+        source: folder to look through.
+        out: where to write the manifest; by default `manifest.json` in the current folder.
+        channel: which channel of 4D files to take; 4D files are set aside without it.
+        quick: read headers only, no voxels.
+        json: print a machine-readable summary instead of the tables.
+        workers: processes; 0 takes one a core.
+    """
+
+    source: str
+    out: str = "manifest.json"
+    channel: int | None = None
+    quick: bool = False
+    json: bool = False
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Bring scans to one orientation, spacing and intensity scale, in a store of randomly readable volumes.
+
+    Args:
+        source: folder of scans, or a manifest written by `medcl scan`.
+        plan: a plan.json (or a run folder) to prepare by; by default one is derived from the scans.
+        spacing: voxel size in mm to resample to, instead of the derived one.
+        n4: correct the MRI bias field with N4 first (slow).
+        store: folder for prepared volumes; by default `$MEDCL_STORE`, or `~/.cache/medcl`.
+        channel: which channel of 4D files to take.
+        workers: processes; 0 takes one a core.
+    """
+
+    source: str
+    plan: str = ""
+    spacing: tuple[float, float, float] | None = None
+    n4: bool = False
+    store: str = ""
+    channel: int | None = None
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pretrain an encoder on unlabelled scans.
+
+    Args:
+        source: folder of scans, or a manifest written by `medcl scan`.
+        out: run folder to write.
+        task: pretext task.
+        options: options of the task, such as `--options.momentum 0.99`.
+        backbone: network: unet, dynunet or swin_unetr.
+        width: channels of the network's first level; 0 takes the backbone's default.
+        norm: normalisation layers: instance, layer or batch.
+        subjects: `train` leaves out the validation and test subjects that `finetune` will use; `all` takes every
+            subject; `auto` is `train` where enough subjects are labelled to hold some out.
+        test_fraction: share of labelled subjects held out for test.
+        val_fraction: share of labelled subjects held out for validation.
+        split_seed: seed of the split into training, validation and test subjects.
+        steps: optimiser steps.
+        batch_size: volumes a step.
+        lr: peak learning rate.
+        weight_decay: AdamW weight decay.
+        warmup: share of the steps over which the learning rate rises linearly.
+        seed: seed of the weights, crops and augmentation.
+        precision: auto, 32, bf16 or 16; auto takes bf16 where the hardware multiplies in it, else 16 on a GPU, 32 on a CPU.
+        accelerator: auto, cpu or gpu.
+        checkpoint_every: steps between checkpoints.
+        resume: go on from the last checkpoint of `out`.
+        plan: a plan.json (or a run folder) to prepare by; by default one is derived from the scans.
+        n4: correct the MRI bias field with N4 first (slow).
+        store: folder for prepared volumes; by default `$MEDCL_STORE`, or `~/.cache/medcl`.
+        channel: which channel of 4D files to take.
+        workers: processes that read crops while training; 0 reads in the main process, which is best on few cores.
+    """
+
+    source: str
+    out: str
+    task: str = "voco"
+    options: dict[str, Any] = field(default_factory=dict)
+    backbone: str = "unet"
+    width: int = 0
+    norm: str = "instance"
+    subjects: str = "auto"
+    test_fraction: float = 0.25
+    val_fraction: float = 0.1
+    split_seed: int = 0
+    steps: int = 1000
+    batch_size: int = 4
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    seed: int = 0
+    precision: str = "auto"
+    accelerator: str = "auto"
+    checkpoint_every: int = 200
+    resume: bool = False
+    plan: str = ""
+    n4: bool = False
+    store: str = ""
+    channel: int | None = None
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Train a segmentation network with a few labelled subjects.
+
+    Args:
+        source: folder of labelled scans, or a manifest written by `medcl scan`.
+        out: run folder to write.
+        init: run folder of a pretraining to start from, or `none` for random weights.
+        labels: labelled subjects to train with, or `all`.
+        draw: which seeded draw of that many subjects; draws are nested, the 2-label draw contains the 1-label draw.
+        test_fraction: share of labelled subjects held out for test.
+        val_fraction: share of labelled subjects held out for validation.
+        split_seed: seed of the split into training, validation and test subjects.
+        backbone: network; by default that of `init`, or unet.
+        width: channels of the network's first level; 0 takes that of `init`, or the backbone's default.
+        norm: normalisation layers: instance, layer or batch; by default those of `init`, or instance.
+        steps: optimiser steps.
+        batch_size: patches a step.
+        lr: peak learning rate.
+        weight_decay: AdamW weight decay.
+        warmup: share of the steps over which the learning rate rises linearly.
+        augment: strong, or none.
+        flip: allow mirrored patches in augmentation; wrong for anatomy that has sides.
+        val_every: steps between validations; 0 takes a tenth of the steps.
+        seed: seed of the weights, patches and augmentation; the draw is added to it.
+        precision: auto, 32, bf16 or 16.
+        accelerator: auto, cpu or gpu.
+        checkpoint_every: steps between checkpoints.
+        resume: go on from the last checkpoint of `out`.
+        plan: a plan.json (or a run folder) to prepare by; by default that of `init`, or one derived from the scans.
+        n4: correct the MRI bias field with N4 first (slow).
+        store: folder for prepared volumes; by default `$MEDCL_STORE`, or `~/.cache/medcl`.
+        channel: which channel of 4D files to take.
+        workers: processes that read patches while training; 0 reads in the main process.
+    """
+
+    source: str
+    out: str
+    init: str = "none"
+    labels: str = "all"
+    draw: int = 0
+    test_fraction: float = 0.25
+    val_fraction: float = 0.1
+    split_seed: int = 0
+    backbone: str = ""
+    width: int = 0
+    norm: str = ""
+    steps: int = 400
+    batch_size: int = 4
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    augment: str = "strong"
+    flip: bool = False
+    val_every: int = 0
+    seed: int = 0
+    precision: str = "auto"
+    accelerator: str = "auto"
+    checkpoint_every: int = 200
+    resume: bool = False
+    plan: str = ""
+    n4: bool = False
+    store: str = ""
+    channel: int | None = None
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Write label maps on each input's own grid.
+
+    Args:
+        run: run folder of a fine-tuning.
+        input: a volume, a DICOM folder, a folder of scans, or a manifest.
+        output: folder for the label maps, `<case>.nii.gz` each.
+        subjects: `all`, or `train`, `val` or `test` for that part of the run's own split.
+        overlap: share by which neighbouring windows overlap.
+        mirror: average over mirrored inputs; only for anatomy without sides.
+        precision: auto, 32, bf16 or 16.
+        accelerator: auto, cpu or gpu.
+        channel: which channel of 4D files to take.
+    """
+
+    run: str
+    input: str
+    output: str
+    subjects: str = "all"
+    overlap: float = 0.5
+    mirror: bool = False
+    precision: str = "auto"
+    accelerator: str = "auto"
+    channel: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Dice, 95% Hausdorff distance and normalised surface distance, with intervals over subjects.
+
+    Args:
+        predictions: folder of predicted label maps named `<case>.nii.gz`, or the run folder of a fine-tuning, whose own
+            test subjects are then predicted and scored into `RUN/test`.
+        reference: folder of labelled scans, or a manifest; by default the one the run was trained on.
+        out: where to write evaluation.csv and evaluation.json; by default beside the predictions.
+        tolerance: tolerance of the normalised surface distance in mm.
+        channel: which channel of 4D files to take.
+    """
+
+    predictions: str
+    reference: str = ""
+    out: str = ""
+    tolerance: float = 1.0
+    channel: int | None = None
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Paired comparison of two arms, run by run.
+
+    Args:
+        runs: evaluated run folders of the first arm, one a draw.
+        baseline: evaluated run folders of the arm to compare with, one a draw.
+        out: folder for the comparison and its report.
+        names: what to call the two arms.
+    """
+
+    runs: list[str]
+    baseline: list[str]
+    out: str = "comparison"
+    names: tuple[str, str] = ("pretrained", "scratch")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write report.html of a run again.
+
+    Args:
+        run: run folder.
+    """
+
+    run: str
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Weights for the plain MONAI class.
+
+    Args:
+        run: run folder of a pretraining or fine-tuning.
+        to: the only format so far is monai.
+        out: folder to write; by default `RUN/export`.
+    """
+
+    run: str
+    to: str = "monai"
+    out: str = ""
+
+
+def from_mapping(kind: type[T], values: dict[str, Any], where: str) -> T:
+    """Builds a dataclass from a mapping.
+
+    Raises:
+        MedclError: a key is unknown (the nearest known one is named) or a required one is missing.
+    """
+    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise MedclError(f"unknown key {key!r}", where, nearest(key, known))
+    missing = [
+        name
+        for name, f in known.items()
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise MedclError(f"{', '.join(missing)} missing", where, "Give it on the command line or in the config.")
+    return kind(**values)
+
+
+def nearest(key: str, known: Any) -> str:
+    """`Did you mean 'x'?`, or the list of what is known."""
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(known))}."

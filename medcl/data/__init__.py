@@ -1,0 +1,1 @@
+"""Files of scans to cases, cases to a store of prepared volumes."""

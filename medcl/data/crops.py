@@ -1,0 +1,110 @@
+"""Random crops from the store. A crop is a function of (seed, sample number): workers and restarts change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from medcl.data.store import StoredVolume, open_volume
+
+
+def random_start(shape: Sequence[int], size: Sequence[int], rng: np.random.Generator) -> list[int]:
+    """First voxel of a crop anywhere inside; an axis shorter than the crop is centred in it (a negative start)."""
+    return [
+        int(rng.integers(0, extent - n + 1)) if extent >= n else -((n - extent) // 2)
+        for extent, n in zip(shape, size, strict=True)
+    ]
+
+
+def start_around(voxel: Sequence[int], shape: Sequence[int], size: Sequence[int], rng: np.random.Generator) -> list[int]:
+    """First voxel of a crop that contains `voxel` at a random place inside it, kept inside the volume where it fits."""
+    starts = []
+    for v, extent, n in zip(voxel, shape, size, strict=True):
+        if extent < n:
+            starts.append(-((n - extent) // 2))
+        else:
+            starts.append(int(np.clip(v - rng.integers(0, n), 0, extent - n)))
+    return starts
+
+
+class CropDataset(Dataset):
+    """Sample number to crop.
+
+    Args:
+        volumes: folders of the store.
+        size: voxels of a crop.
+        seed: of the order of volumes and the places.
+        labelled: read labels too.
+        foreground: share of the crops that must contain a voxel of a label drawn at random, so that small structures are
+            seen (nnU-Net oversamples a third).
+
+    A sample is a dict with `image` (1, X, Y, Z) float32, `label` (1, X, Y, Z) uint8 where asked for, and `seed`.
+    """
+
+    def __init__(
+        self, volumes: Sequence[Path], size: Sequence[int], seed: int, labelled: bool = False, foreground: float = 0.0
+    ):
+        self.volumes, self.size, self.seed = list(volumes), tuple(size), seed
+        self.labelled, self.foreground = labelled, foreground
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=int))
+
+    def volume_of(self, number: int) -> Path:
+        """Every volume once an epoch, in an order of that epoch's own."""
+        epoch, place = divmod(number, len(self.volumes))
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.volumes)))
+        return self.volumes[self._order[1][place]]
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        rng = np.random.default_rng([self.seed, 2, number])
+        volume = open_volume(self.volume_of(number))
+        start = self._start(volume, rng)
+        sample = {
+            "image": torch.from_numpy(volume.image(start, self.size))[None],
+            "seed": torch.tensor(int(rng.integers(0, 2**62))),
+        }
+        if self.labelled:
+            sample["label"] = torch.from_numpy(volume.label(start, self.size))[None]
+        return sample
+
+    def _start(self, volume: StoredVolume, rng: np.random.Generator) -> list[int]:
+        if self.foreground and rng.random() < self.foreground:
+            points = volume.foreground
+            if points:
+                voxels = points[sorted(points)[rng.integers(len(points))]]
+                return start_around(voxels[rng.integers(len(voxels))], volume.shape, self.size, rng)
+        return random_start(volume.shape, self.size, rng)
+
+
+class StepBatches(Sampler[list[int]]):
+    """Batches of sample numbers from step `first` on, for this rank out of `world`.
+
+    It has no length on purpose: Lightning counts a resumed loader's batches from the interrupted epoch's position, and
+    would stop early were it told how many are left.
+    """
+
+    def __init__(self, batch: int, first: int, last: int, rank: int = 0, world: int = 1):
+        self.batch, self.first, self.last, self.rank, self.world = batch, first, last, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.last):
+            begin = (step * self.world + self.rank) * self.batch
+            yield list(range(begin, begin + self.batch))
+
+
+def crop_loader(dataset: CropDataset, batches: StepBatches, workers: int = 0, pin: bool = False) -> DataLoader:
+    """Loader of `dataset` over `batches`; workers compute on one thread each."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context="spawn" if workers else None,
+    )

@@ -1,0 +1,120 @@
+"""A process pool that outlives its workers: a task that kills its process loses only itself."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+FEWEST = 48  # below this many tasks, starting processes costs more than it saves
+
+
+def available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def map_safely(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    failed: Sequence[Result],
+    workers: int | None = None,
+    title: str | None = None,
+) -> list[Result]:
+    """`[function(task) for task in tasks]` over processes.
+
+    Args:
+        function: importable by name, because processes are spawned (forking is unsafe once torch has threads).
+        tasks: picklable arguments.
+        failed: the result of each task whose process dies.
+        workers: processes; by default one per available core. With 1, or few tasks, everything runs in this process.
+        title: shown beside a progress bar; no bar if None.
+    """
+    workers = min(workers or available_cores(), len(tasks))
+    with _Bar(title, len(tasks)) as bar:
+        if workers <= 1 or len(tasks) < FEWEST:
+            return [bar.step(function(task)) for task in tasks]
+        if not _can_spawn():
+            return [bar.step(function(task)) for task in tasks]
+        results = list(failed)
+        size = max(1, min(64, len(tasks) // (4 * workers)))
+        chunks = [range(start, min(start + size, len(tasks))) for start in range(0, len(tasks), size)]
+        for index in _run(function, tasks, chunks, results, workers, bar):
+            # Any of the unfinished may be the one that killed a worker: each now risks only a process of its own.
+            _run(function, tasks, [range(index, index + 1)], results, 1, bar)
+        return results
+
+
+def _can_spawn() -> bool:
+    """Whether a new process comes up at all: not from a script that lacks `if __name__ == "__main__"`, or from stdin."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(available_cores).result() > 0
+        except BrokenProcessPool:
+            return False
+
+
+def _run(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    chunks: Sequence[range],
+    results: list[Result],
+    workers: int,
+    bar: _Bar,
+) -> list[int]:
+    """Fills `results` chunk by chunk; returns the indices left over when a worker died."""
+    left = []
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        futures: dict[Future[list[Result]], range] = {}
+        for position, chunk in enumerate(chunks):
+            try:
+                futures[pool.submit(_chunk, function, [tasks[index] for index in chunk])] = chunk
+            except BrokenProcessPool:
+                left += [index for later in chunks[position:] for index in later]
+                break
+        for future in as_completed(futures):
+            chunk = futures[future]
+            try:
+                results[chunk.start : chunk.stop] = future.result()
+                bar.step(None, len(chunk))
+            except BrokenProcessPool:
+                left += list(chunk)
+    return sorted(left)
+
+
+def _chunk(function: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
+    return [function(task) for task in tasks]
+
+
+class _Bar:
+    """A progress bar, or nothing."""
+
+    def __init__(self, title: str | None, total: int):
+        self.title, self.total = title, total
+
+    def __enter__(self) -> _Bar:
+        if self.title is not None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self.progress = Progress(console=Console(stderr=True), transient=True)
+            self.progress.start()
+            self.id = self.progress.add_task(self.title, total=self.total)
+        return self
+
+    def step(self, result: Result, count: int = 1) -> Result:
+        if self.title is not None:
+            self.progress.advance(self.id, count)
+        return result
+
+    def __exit__(self, *_: object) -> None:
+        if self.title is not None:
+            self.progress.stop()

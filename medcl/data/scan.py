@@ -1,0 +1,342 @@
+"""A folder of anything → cases and a list of problems. One bad file never stops a scan."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medcl.data import checks, dicom, layouts
+from medcl.data.case import Case, Manifest, Problem
+from medcl.data.io import SUFFIXES, Volume, pick_channel, read_header, read_volume, volume_suffix
+from medcl.data.pool import map_safely
+from medcl.data.summary import print_summary, summary_dict
+from medcl.errors import MedclError
+
+__all__ = ["print_summary", "scan", "summary_dict"]
+
+_LOOKED_FOR = f"Looked for {', '.join(SUFFIXES)} and DICOM files; give the folder that holds the scans."
+_MEDIAN_FROM = 1 << 22  # voxels; of larger volumes the median is taken over every n-th voxel
+
+
+def scan(
+    source: str | Path,
+    *,
+    channel: int | None = None,
+    voxels: bool = True,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Manifest:
+    """Finds the volumes below a folder, works out subjects and labels, and checks every file.
+
+    A label map that does not fit its image is set aside and the image kept as unlabelled. Of identical volumes one is
+    kept, the labelled one first.
+
+    Args:
+        source: a folder, or one volume file.
+        channel: which channel or frame of 4D images to take; without it they are set aside.
+        voxels: also read the voxels (intensity range, NaN, truncation, label values); without it only headers are
+            read, which is quick but finds less.
+        workers: processes that read; by default one per available core.
+        progress: show a progress bar.
+
+    Raises:
+        MedclError: the folder does not exist, may not be read, or holds nothing that looks like a volume.
+    """
+    root, found = _find(Path(source).expanduser())
+    if not found.volumes and not found.dicom and not found.problems:
+        raise MedclError("no volumes found", source, _LOOKED_FOR)
+    layout = layouts.detect(root, found.volumes, channel)
+    series, problems = _series(root, found.dicom, workers, progress)
+    cases = [*layout.cases, *series]
+
+    tasks = [(root, case, channel, voxels) for case in cases]
+    failed = [_Result(None, (_crashed(case),)) for case in cases]
+    results = map_safely(_inspect, tasks, failed, workers, "Reading volumes" if progress else None)
+    kept, twins = _without_twins(root, results, found.volumes)
+    rule = layout.rule if layout.cases or not series else ""
+    if series:
+        told = "DICOM: one case per series, the subject is the hashed patient number"
+        rule = f"{rule}; {told}" if rule else told
+    return Manifest(
+        root=str(root),
+        layout=layout.name if layout.cases or not series else "dicom",
+        rule=rule,
+        cases=tuple(sorted(kept, key=lambda case: case.id)),
+        problems=(*found.problems, *layout.problems, *problems, *(p for r in results for p in r.problems), *twins),
+        label_names=layout.label_names,
+    )
+
+
+@dataclass
+class _Found:
+    """What lies below a folder: volume files with their sizes in bytes, files that may be DICOM, what went wrong."""
+
+    volumes: dict[str, int] = field(default_factory=dict)
+    dicom: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def _find(source: Path) -> tuple[Path, _Found]:
+    """The absolute root, and what is below it."""
+    found = _Found()
+    if not source.exists():
+        raise MedclError("no such folder", source, "Check the path.")
+    if source.is_file():
+        if volume_suffix(source.name):
+            found.volumes[source.name] = source.stat().st_size
+        elif dicom.has_magic(source):
+            found.dicom.append(source.name)
+        return source.parent.resolve(), found
+    root = source.resolve()
+    try:
+        os.scandir(root).close()
+    except OSError as error:
+        raise MedclError(f"the folder cannot be read ({error.strerror})", source, "Mend its permissions.") from None
+    for path, entry in _walk(root, found.problems):
+        if volume_suffix(entry.name):
+            found.volumes[path] = entry.stat().st_size
+        elif _may_be_dicom(entry.name):
+            found.dicom.append(path)
+    return root, found
+
+
+def _walk(root: Path, problems: list[Problem]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Every file with its path relative to the root. Links to folders are followed, once; hidden names are not."""
+    folders, seen = [""], set()
+    while folders:
+        folder = folders.pop()
+        try:
+            place = os.stat(root / folder)
+            if (place.st_dev, place.st_ino) in seen:
+                continue
+            seen.add((place.st_dev, place.st_ino))
+            with os.scandir(root / folder) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    path = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.name.startswith((".", "__MACOSX")):
+                        continue
+                    try:
+                        if entry.is_dir():
+                            folders.append(path)
+                        elif entry.is_file():
+                            yield path, entry
+                        elif entry.is_symlink():
+                            problems.append(Problem(path, "is a link to nothing", "Restore its target or remove it."))
+                    except OSError as error:
+                        problems.append(Problem(path, f"cannot be read ({error.strerror})", "Mend its permissions."))
+        except OSError as error:
+            problems.append(
+                Problem(folder, f"the folder cannot be read ({error.strerror})", "Mend its permissions; it was passed over.")
+            )
+
+
+def _may_be_dicom(name: str) -> bool:
+    """By name alone: `.dcm`, `.ima`, no suffix, or a number after the last dot, as in `1.2.840.113619`."""
+    stem, dot, suffix = name.rpartition(".")
+    return name != "DICOMDIR" and (not dot or not stem or suffix.lower() in ("dcm", "ima", "dicom") or suffix.isdigit())
+
+
+def _relative(root: Path, where: object) -> str:
+    """A path as the manifest writes it, without the folders above its root."""
+    try:
+        return Path(str(where)).relative_to(root).as_posix()
+    except ValueError:
+        return str(where)
+
+
+def _problem(root: Path, error: MedclError, path: str) -> Problem:
+    where = _relative(root, error.where) if error.where is not None else path
+    return Problem(path if where == "." else where, error.what, error.remedy or "Leave it out.")
+
+
+def _crashed(case: Case) -> Problem:
+    return Problem(case.image[0], "reading it crashed the reader", "Copy or export it again, or leave it out.")
+
+
+def _series(root: Path, files: Sequence[str], workers: int | None, progress: bool) -> tuple[list[Case], list[Problem]]:
+    """The DICOM series among the files, grouped by SeriesInstanceUID wherever the files lie."""
+    failed = [([], [Problem(file, "reading it crashed the reader", "Leave it out.")]) for file in files]
+    tasks = [(root, file) for file in files]
+    read = map_safely(_read_slices, tasks, failed, workers, "Reading DICOM headers" if progress else None)
+    problems = [problem for _, told in read for problem in told]
+    groups: dict[str, list[dicom.Slice]] = defaultdict(list)
+    for slices, _ in read:
+        for one in slices:
+            groups[one.series].append(one)
+
+    cases = []
+    for uid, slices in groups.items():
+        # A series of which some images are captures or localisers is judged by the rest.
+        usable = [one for one in slices if not one.reason]
+        aside = [one for one in slices if one.reason]
+        if aside:
+            first, more = aside[0], f" ({len(aside)} files)" if len(aside) > 1 else ""
+            problems.append(Problem(_relative(root, first.path), f"DICOM series {first.reason}{more}", "Set aside."))
+        if not usable:
+            continue
+        first = usable[0]
+        if len(usable) == 1:
+            what = "DICOM series of a single slice"
+            problems.append(Problem(_relative(root, first.path), what, "Export the whole series, or leave it out."))
+            continue
+        try:
+            geometry = dicom.arrange(usable)
+        except MedclError as error:
+            problems.append(_problem(root, error, _relative(root, first.path)))
+            continue
+        id = "_".join(filter(None, (first.subject, dicom.short_hash(uid, 8), first.description)))
+        ordered = dict.fromkeys(_relative(root, one.path) for stack in geometry.channels for one in stack)
+        cases.append(Case(id, first.subject, tuple(ordered), format="dicom", modality=first.modality))
+    return cases, problems
+
+
+def _read_slices(task: tuple[Path, str]) -> tuple[list[dicom.Slice], list[Problem]]:
+    root, file = task
+    path = root / file
+    named = path.suffix.lower() in (".dcm", ".ima", ".dicom")
+    try:
+        if path.stat().st_size and not dicom.has_magic(path):
+            raise MedclError("is not a DICOM file", path, "Copy or export it again, or leave it out.")
+        return (dicom.read_slices(path), []) if named or path.stat().st_size else ([], [])
+    except MedclError as error:  # a file without the suffix may be anything: a README, a licence
+        return [], [_problem(root, error, file)] if named or "cannot be read" in error.what else []
+    except OSError as error:
+        return [], [Problem(file, f"cannot be read ({error.strerror})", "Mend its permissions.")]
+
+
+@dataclass
+class _Result:
+    """A case with its header filled in, or None; and a digest of its voxels where they were read."""
+
+    case: Case | None
+    problems: tuple[Problem, ...] = ()
+    digest: str = ""
+
+
+def _inspect(task: tuple[Path, Case, int | None, bool]) -> _Result:
+    """Reads one case and its label; whatever goes wrong becomes a problem."""
+    root, case, channel, voxels = task
+    paths = [root / name for name in case.image]
+    try:
+        header = read_header(paths)
+        taken = pick_channel(header, channel, paths[0])
+        notes = (*case.notes, *header.notes)
+        if taken is not None:
+            notes += (f"channel {taken} of {header.shape[3]}",)
+        image = Volume(np.broadcast_to(np.zeros(1, np.uint8), header.shape[:3]), header.affine)
+        digest, intensity = "", None
+        if voxels:
+            image = read_volume(paths, taken)
+            checks.check_image(image.array, paths[0])
+            intensity, digest = _intensity(image.array), _digest(image)
+        case = replace(
+            case,
+            channel=taken,
+            shape=image.shape,
+            spacing=tuple(round(mm, 6) for mm in header.spacing),
+            orientation=header.orientation,
+            affine=tuple(tuple(float(number) for number in row) for row in header.affine),
+            dtype=header.dtype,
+            intensity=intensity,
+            modality=_modality(header.modality, case.modality, intensity),
+            notes=notes,
+        )
+    except Exception as error:
+        return _Result(None, (_told(root, error, case.image[0]),))
+    if case.label is None:
+        return _Result(case, (), digest)
+    try:
+        path = root / case.label
+        if voxels:
+            checks.check_label(read_volume([path]), image, path)
+        else:
+            label = read_header([path])
+            pick_channel(label, None, path)
+            checks.check_grid(replace(image, array=np.broadcast_to(image.array.flat[0], label.shape), affine=label.affine),
+                              image, path)
+    except Exception as error:
+        problem = _told(root, error, case.label)
+        told = replace(problem, what=f"{problem.what}; its image {case.image[0]} is kept as unlabelled")
+        return _Result(replace(case, label=None), (told,), digest)
+    return _Result(case, (), digest)
+
+
+def _told(root: Path, error: Exception, path: str) -> Problem:
+    if isinstance(error, MedclError):
+        return _problem(root, error, path)
+    reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    return Problem(path, f"cannot be read ({reason.rstrip('.')})", "Copy or export it again, or leave it out.")
+
+
+def _intensity(array: np.ndarray) -> tuple[float, float, float]:
+    """Minimum, median and maximum."""
+    thinned = array.reshape(-1)[:: max(1, array.size // _MEDIAN_FROM)]
+    return float(array.min()), float(np.median(thinned)), float(array.max())
+
+
+def _digest(image: Volume) -> str:
+    digest = hashlib.sha256(str((image.array.dtype, image.shape)).encode())
+    digest.update(np.ascontiguousarray(image.array).data)
+    return digest.hexdigest()
+
+
+def _modality(header: str, layout: str, intensity: Sequence[float] | None) -> str:
+    """The file's own word, else the layout's, else CT where there is air at -1000 HU."""
+    if header != "unknown":
+        return header
+    if layout != "unknown":
+        return layout
+    return "CT" if intensity is not None and intensity[0] <= -500 else "unknown"
+
+
+def _without_twins(root: Path, results: Iterable[_Result], sizes: dict[str, int]) -> tuple[list[Case], list[Problem]]:
+    """Keeps one of every set of identical volumes, so that no two can sit in two splits.
+
+    Identical are equal voxels where they were read, else equal bytes; bytes are compared among files of one size only,
+    and in full only where a few samples agree.
+    """
+    kept = [(result.case, result.digest) for result in results if result.case is not None]
+    groups = [[(case, digest) for case, digest in kept]]
+    for key in (
+        lambda case, digest: digest or sizes.get(case.image[0], case.id),
+        lambda case, digest: digest or _bytes_digest(root / case.image[0], sample=True),
+        lambda case, digest: digest or _bytes_digest(root / case.image[0], sample=False),
+    ):
+        groups = [part for group in groups for part in _split(group, key) if len(part) > 1]
+    twins, problems = set(), []
+    for group in groups:
+        first, *others = sorted((case for case, _ in group), key=lambda case: (case.label is None, case.id))
+        for other in others:
+            twins.add(other.id)
+            people = "" if other.subject == first.subject else f" although one is subject {first.subject}, the other {other.subject}"
+            what = f"holds the same image as {first.image[0]}{people}"
+            problems.append(Problem(other.image[0], what, f"{first.image[0]} is used; delete one of the two."))
+    return [case for case, _ in kept if case.id not in twins], problems
+
+
+def _split(group: list[Any], key: Callable[..., object]) -> list[list[Any]]:
+    parts: dict[object, list[Any]] = defaultdict(list)
+    for item in group:
+        parts[key(*item)].append(item)
+    return list(parts.values())
+
+
+def _bytes_digest(path: Path, sample: bool) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        if sample:
+            size = os.fstat(stream.fileno()).st_size
+            for place in (0, size // 2, max(0, size - 4096)):
+                stream.seek(place)
+                digest.update(stream.read(4096))
+        else:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

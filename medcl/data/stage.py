@@ -1,0 +1,101 @@
+"""The stages `scan` and `prepare`, and the way every later stage gets from SOURCE to prepared volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from medcl.config import PrepareConfig, ScanConfig
+from medcl.data.case import Case, Manifest
+from medcl.data.plan import Plan, derive_plan
+from medcl.data.prepare import Stored
+from medcl.data.prepare import prepare as prepare_volumes
+from medcl.data.scan import scan as scan_folder
+from medcl.data.store import default_store
+from medcl.errors import MedclError
+from medcl.run import log
+
+SHOWN = 5  # problems told one by one; the rest stand in manifest.json
+
+
+def scan(config: ScanConfig) -> Manifest:
+    """Scans a folder and writes its manifest."""
+    manifest = scan_folder(
+        config.source, channel=config.channel, voxels=not config.quick, workers=config.workers or None,
+        progress=not config.json,
+    )  # fmt: skip
+    manifest.save(config.out)
+    return manifest
+
+
+def load_source(source: str, channel: int | None = None) -> Manifest:
+    """A manifest, from a folder of scans, a single volume or a file written by `medcl scan`."""
+    if source.endswith(".json"):
+        return Manifest.load(source)
+    return scan_folder(source, channel=channel, voxels=False)
+
+
+def describe(manifest: Manifest) -> str:
+    aside = sum(problem.aside for problem in manifest.problems)
+    found = f"{len(manifest.cases)} volumes of {len(manifest.subjects)} subjects, {len(manifest.labelled)} labelled"
+    return f"{found}, {aside} set aside ({manifest.rule.rstrip('.')})"
+
+
+def tell_problems(manifest: Manifest, before: int = 0) -> None:
+    """Logs the first few problems, one line each."""
+    problems = manifest.problems[before:]
+    for problem in problems[:SHOWN]:
+        log.warning("%s", problem)
+    if len(problems) > SHOWN:
+        log.warning("... and %d more, all in manifest.json.", len(problems) - SHOWN)
+
+
+def plan_for(manifest: Manifest, plan: str, *, device: str, n4: bool = False, spacing: Any = None) -> Plan:
+    """The plan a user names, or one derived from the headers."""
+    return Plan.load(plan) if plan else derive_plan(manifest, spacing=spacing, n4=n4, device=device)
+
+
+def prepare_all(
+    manifest: Manifest, plan: Plan, store: str = "", workers: int = 0, cases: tuple[Case, ...] | None = None
+) -> tuple[list[Stored], Manifest]:
+    """Prepares the manifest's cases, or some of them, with a progress bar, and tells what was set aside."""
+    chosen = manifest if cases is None else manifest.with_cases(cases)
+    stored, left = prepare_volumes(chosen, plan, store=store, workers=workers, progress=bar)
+    tell_problems(left, before=len(manifest.problems))
+    return stored, left
+
+
+def bar(items: Iterator[Any], total: int, title: str) -> Iterator[Any]:
+    """A progress bar on a terminal, silence elsewhere."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield from items
+        return
+    yield from track(items, description=title, total=total, console=console, transient=True)
+
+
+def prepare(config: PrepareConfig) -> tuple[list[Stored], Plan]:
+    """Prepares a folder of scans; the plan is written into the store's folder, or beside the one given.
+
+    Raises:
+        MedclError: nothing could be prepared, or a contradiction in the options.
+    """
+    if config.plan and (config.spacing or config.n4):
+        raise MedclError("a plan already says spacing and N4", "--plan", "Edit the plan, or leave it out.")
+    manifest = load_source(config.source, config.channel)
+    log.info("%s: %s.", config.source, describe(manifest))
+    tell_problems(manifest)
+    plan = plan_for(manifest, config.plan, device="cpu", n4=config.n4, spacing=config.spacing)
+    stored, _ = prepare_all(manifest, plan, config.store, config.workers)
+    root = Path(config.store) if config.store else default_store()
+    if not config.plan:
+        plan.save(root / "plan.json")
+        log.info("Plan in %s: spacing %s mm, %s.", root / "plan.json", " x ".join(f"{s:g}" for s in plan.spacing),
+                 f"CT window {plan.window[0]:g} to {plan.window[1]:g} HU" if plan.normalise == "ct"
+                 else "intensities scaled volume by volume")  # fmt: skip
+    log.info("%d volumes prepared in %s.", len(stored), root)
+    return stored, plan

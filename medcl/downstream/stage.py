@@ -1,0 +1,183 @@
+"""The stage `finetune`: a few labelled subjects to a segmentation network."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from medcl.checkpoint import Contract, load_weights, save_weights, transfer
+from medcl.config import FinetuneConfig
+from medcl.data.case import Manifest
+from medcl.data.crops import CropDataset
+from medcl.data.plan import Plan, derive_plan, round_up
+from medcl.data.prepare import Stored
+from medcl.data.splits import cases_of, draw_labelled, make_split
+from medcl.data.stage import describe, load_source, plan_for, prepare_all, tell_problems
+from medcl.data.store import open_volume
+from medcl.downstream.segmentation import SegmentationModule, Validate
+from medcl.errors import MedclError
+from medcl.networks.backbones import Backbone, BackboneSpec, build_backbone
+from medcl.run import log, open_run, write_provenance
+from medcl.training import LAST, choose_accelerator, choose_precision, hours, resume_step, trainer_for
+from medcl.transforms.compose import StrongAugmentation, strong_augmentation
+
+FOREGROUND = 0.5  # share of patches that must contain a label
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Trains a segmentation network with a few labelled subjects, from pretrained or random weights.
+
+    Test subjects are set apart here and not looked at: `medcl evaluate RUN` does.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        MedclError: a setting cannot work, or the pretrained weights do not fit; told before any training.
+    """
+    began = time.monotonic()
+    check(config)
+    accelerator = choose_accelerator(config.accelerator)
+    precision = choose_precision(config.precision, accelerator)
+    manifest = load_source(config.source, config.channel)
+    split = make_split(manifest, config.test_fraction, config.val_fraction, config.split_seed)
+    split = draw_labelled(split, manifest, config.labels, config.draw)
+
+    pretrained = None if config.init == "none" else load_weights(config.init)
+    contract = pretrained[0] if pretrained else None
+    plan = choose_plan(manifest, config, contract, accelerator)
+    values = label_values(manifest, plan)
+    pl.seed_everything(config.seed + config.draw, verbose=False)
+    backbone = choose_backbone(config, contract, plan, len(values) + 1)
+    taken = transfer(*pretrained, backbone, config.init) if pretrained else None
+
+    run = open_run(config.out, config, "finetune", config.resume)
+    first = resume_step(run) if config.resume else 0
+    log.info("%s: %s.", config.source, describe(manifest))
+    tell_problems(manifest)
+    if taken:
+        log.info("%s: %s.", config.init, taken)
+    used = cases_of(manifest, (*split.labelled, *split.val), labelled=True)
+    stored, left = prepare_all(manifest, plan, config.store, cases=used)
+    plan.save(run / "plan.json")
+    left.with_cases(manifest.cases).save(run / "manifest.json")
+    split.save(run / "split.json")
+    train = [item for item in stored if item.case.subject in split.labelled]
+    val = [(item.case.subject, item.path) for item in stored if item.case.subject in split.val]
+    if not train:
+        raise MedclError("none of the drawn labelled volumes can be used", config.source, "See the problems above.")
+    log.info("Training on %d labelled volumes of %d subjects (draw %d: %s), validating on %d of %d; %d subjects for test.",
+             len(train), len(split.labelled), config.draw, ", ".join(split.labelled[:8]), len(val), len(split.val),
+             len(split.test))  # fmt: skip
+    if not val:
+        log.info("No subject is left to validate on: the last weights are kept.")
+
+    patch = round_up(plan.patch_size, backbone.multiple)
+    dataset = CropDataset([item.path for item in train], patch, config.seed + config.draw, True, FOREGROUND)
+    augmentation = None
+    if config.augment == "strong":
+        flip = (0.5, 0.5, 0.5) if config.flip else (0.0, 0.0, 0.0)
+        augmentation = strong_augmentation(plan.modality, plan.spacing, StrongAugmentation(flip=flip))
+    module = SegmentationModule(backbone, dataset, config, augmentation, values, plan.spacing)
+    done = contract_of(config, plan, backbone.spec, values, train)
+    validate = Validate(
+        val, patch, config.val_every or max(1, config.steps // 10), precision, accelerator,
+        keep=lambda step: save_weights(run, backbone, replace(done, step=step)),
+    )  # fmt: skip
+    trainer = trainer_for(
+        run, steps=config.steps, accelerator=accelerator, precision=precision, seed=config.seed + config.draw,
+        every=config.checkpoint_every, title="finetune", resume_step=first, callbacks=(validate,),
+    )  # fmt: skip
+    trainer.fit(module, ckpt_path=str(run / LAST) if config.resume else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    facts = {"best_step": validate.best_step, "val_dice": validate.best if val else None}
+    write_provenance(run, began, accelerator=accelerator, precision=precision, seed=config.seed, resumed_at=first, **facts)
+    if val:
+        log.info("Best validation Dice %.3f at step %d.", validate.best, validate.best_step)
+    log.info("Network in %s after %s.", run / "weights", hours(time.monotonic() - began))
+    return run
+
+
+def check(config: FinetuneConfig) -> None:
+    """Refuses settings that cannot work, before anything is read."""
+    for name in ("steps", "batch_size", "checkpoint_every"):
+        if getattr(config, name) < 1:
+            raise MedclError(f"{getattr(config, name)} is not positive", f"--{name}", "Give at least 1.")
+    if config.lr <= 0:
+        raise MedclError(f"{config.lr} is not positive", "--lr", "Give a positive number.")
+    if config.augment not in ("strong", "none"):
+        raise MedclError(f"unknown augmentation {config.augment!r}", "--augment", "Use strong or none.")
+
+
+def choose_plan(manifest: Manifest, config: FinetuneConfig, contract: Contract | None, device: str) -> Plan:
+    """The plan of the pretrained network, with patches for this data set; else the user's, else a derived one.
+
+    Spacing, normalisation and strides belong to the weights; patch size and labels belong to the task.
+    """
+    if config.plan or contract is None:
+        plan = plan_for(manifest, config.plan, device=device, n4=config.n4)
+        return plan if plan.labels else replace(plan, labels=manifest.label_names)
+    kept = contract.plan
+    if manifest.cases and {kept.modality, *(c.modality for c in manifest.cases)} >= {"CT", "MR"}:
+        raise MedclError(
+            f"was pretrained on {kept.modality}, this folder holds the other modality", config.init,
+            "Use --init none, or pretrain on such scans.",
+        )  # fmt: skip
+    own = derive_plan(manifest, spacing=kept.spacing, device=device)
+    patch = round_up(own.patch_size, kept.total_stride)
+    return replace(kept, patch_size=patch, volume_size=own.volume_size, labels=own.labels)
+
+
+def label_values(manifest: Manifest, plan: Plan) -> tuple[int, ...]:
+    """Label values that are classes: those that the data set names, else those found in its label maps."""
+    if plan.labels:
+        return tuple(sorted(plan.labels))
+    from medcl.data.io import read_volume
+
+    found: set[int] = set()
+    for case in manifest.labelled:
+        path = manifest.label_path(case)
+        assert path is not None
+        try:
+            found |= {int(v) for v in set(read_volume([path]).array.ravel().tolist()) if v == int(v)}
+        except MedclError:
+            continue  # told when the case is prepared
+    values = tuple(sorted(v for v in found if 0 < v < 256))
+    if not values:
+        raise MedclError("the label maps hold no foreground", manifest.root, "Check which files are labels: `medcl scan`.")
+    return values
+
+
+def choose_backbone(config: FinetuneConfig, contract: Contract | None, plan: Plan, classes: int) -> Backbone:
+    """The pretrained network rebuilt with this task's classes, or a new one; what the user names wins."""
+    kept = contract.backbone if contract else BackboneSpec(strides=plan.strides)
+    spec = replace(
+        kept,
+        name=config.backbone or kept.name,
+        width=config.width or kept.width,
+        norm=config.norm or kept.norm,
+        strides=plan.strides,
+        out_channels=classes,
+    )
+    return build_backbone(spec)
+
+
+def contract_of(
+    config: FinetuneConfig, plan: Plan, spec: BackboneSpec, values: tuple[int, ...], train: list[Stored]
+) -> Contract:
+    return Contract(
+        kind="segmentation",
+        backbone=spec,
+        plan=plan,
+        trained=("encoder", "decoder", "head"),
+        task="segmentation",
+        options={"init": config.init},
+        label_values=values,
+        source=str(Path(config.source).resolve()),
+        volumes=tuple(sorted(open_volume(item.path).meta["voxel_hash"] for item in train)),
+        subjects=tuple(sorted({item.case.subject for item in train})),
+    )

@@ -1,0 +1,21 @@
+"""The one exception a user sees."""
+
+from __future__ import annotations
+
+
+class MedclError(Exception):
+    """An error a user can cause and mend, told in one line: what, where, remedy.
+
+    Args:
+        what: what is wrong, in the user's terms.
+        where: the file, option or layer it concerns.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, what: str, where: object = None, remedy: str | None = None):
+        self.what, self.where, self.remedy = what, where, remedy
+        line = f"{where}: {what}" if where is not None else what
+        super().__init__(" ".join((f"{line}. {remedy}" if remedy else line).split()))
+
+    def __reduce__(self):  # survives the trip out of a worker process
+        return type(self), (self.what, self.where, self.remedy)

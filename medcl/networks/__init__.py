@@ -1,0 +1,1 @@
+"""MONAI backbones with one pyramid interface, and the heads on top of them."""

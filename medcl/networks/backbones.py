@@ -1,0 +1,329 @@
+"""MONAI networks behind one pyramid interface: `encode` to feature maps, `decode` back to voxels.
+
+The MONAI module stays whole inside the wrapper, so its state dict is the one plain MONAI code loads.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medcl.errors import MedclError
+
+Triple = tuple[int, int, int]
+MAX_CHANNELS = 320  # nnU-Net's cap for 3D networks
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Everything needed to rebuild a backbone: saved in every checkpoint.
+
+    Attributes:
+        name: a key of `BACKBONES`.
+        in_channels: image channels.
+        out_channels: channels of the output layer (classes, background included).
+        strides: one triple per down-sampling, finest first. `swin_unetr` halves every axis five times regardless.
+        width: channels of the first level, 0 for the backbone's default.
+        norm: a key of `NORMS`.
+    """
+
+    name: str = "unet"
+    in_channels: int = 1
+    out_channels: int = 2
+    strides: tuple[Triple, ...] = ((2, 2, 2),) * 3
+    width: int = 0
+    norm: str = "instance"
+
+
+class Backbone(nn.Module, ABC):
+    """A MONAI segmentation network with its encoder and decoder reachable apart.
+
+    Attributes:
+        net: the MONAI module, intact.
+        spec: what it was built from.
+        channels: channels of every map that `encode` returns, fine to coarse.
+        reductions: voxels of the input per voxel of every such map, one triple each.
+    """
+
+    default_width: int
+    channels: tuple[int, ...]
+    reductions: tuple[Triple, ...]
+
+    def __init__(self, spec: BackboneSpec):
+        super().__init__()
+        self.spec = spec
+        self.net: Any = self._build()
+
+    @abstractmethod
+    def monai_arguments(self) -> tuple[str, dict[str, Any]]:
+        """The MONAI class name and the keyword arguments that build `net`."""
+
+    @abstractmethod
+    def encoder_modules(self) -> list[nn.Module]:
+        """The modules `encode` runs through."""
+
+    @abstractmethod
+    def head_modules(self) -> list[nn.Module]:
+        """The output layer: the only modules whose shapes depend on `out_channels`."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Feature maps (B, C_i, D_i, H_i, W_i), fine to coarse, of an image (B, C, D, H, W)."""
+
+    @abstractmethod
+    def decode(self, features: Sequence[Tensor], blocks: int | None = None) -> Tensor:
+        """The map after the first `blocks` decoder blocks; None runs all of them and the output layer: logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, out_channels, D, H, W): exactly what `net(x)` gives."""
+        return self.decode(self.encode(x))
+
+    @property
+    def width(self) -> int:
+        return self.spec.width or self.default_width
+
+    @property
+    def multiple(self) -> Triple:
+        """Every axis of the input must be a multiple of this."""
+        return self.reductions[-1]
+
+    def _build(self) -> nn.Module:
+        import monai.networks.nets as nets
+
+        name, arguments = self.monai_arguments()
+        return getattr(nets, name)(**arguments)
+
+    def tensor_names(self, part: str) -> set[str]:
+        """Names in `net.state_dict()` that belong to the `encoder`, the `head` or the `decoder` (all the rest)."""
+        encoder = _names_below(self.net, self.encoder_modules())
+        head = _names_below(self.net, self.head_modules())
+        everything = set(self.net.state_dict(keep_vars=True))
+        return {"encoder": encoder, "head": head, "decoder": everything - encoder - head}[part]
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        seen: dict[int, nn.Parameter] = {}
+        for module in self.encoder_modules():
+            seen.update((id(p), p) for p in module.parameters())
+        return list(seen.values())
+
+
+def _names_below(net: nn.Module, modules: Sequence[nn.Module]) -> set[str]:
+    """State-dict names of the tensors these modules own, under every alias they have in `net`."""
+    wanted = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
+    return {name for name, tensor in net.state_dict(keep_vars=True).items() if id(tensor) in wanted}
+
+
+def _widths(width: int, levels: int) -> list[int]:
+    return [min(width * 2**level, MAX_CHANNELS) for level in range(levels)]
+
+
+NORMS: dict[str, Any] = {
+    "instance": ("INSTANCE", {"affine": True}),
+    "layer": ("GROUP", {"num_groups": 1}),  # over all channels: keeps their means apart, which instance norm removes
+    "batch": "BATCH",
+}
+
+
+def _norm(spec: BackboneSpec) -> Any:
+    if spec.norm not in NORMS:
+        raise MedclError(f"unknown normalisation {spec.norm!r}", "--norm", f"Use one of {', '.join(NORMS)}.")
+    return NORMS[spec.norm]
+
+
+def _cumulative(strides: Sequence[Triple]) -> tuple[Triple, ...]:
+    total, out = (1, 1, 1), []
+    for stride in strides:
+        total = (total[0] * stride[0], total[1] * stride[1], total[2] * stride[2])
+        out.append(total)
+    return tuple(out)
+
+
+def _run(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """Runs a block; on a CPU in float32 where its maps are only a few planes deep.
+
+    The bf16 weight gradient of a 3D convolution whose input is exactly two planes deep is garbage on CPUs (torch 2.13
+    with oneDNN: up to 1e32). Maps that small cost next to nothing in float32.
+    """
+    x = inputs[0]
+    if x.device.type != "cpu" or x.shape[2] > 4 or not torch.is_autocast_enabled("cpu"):
+        return module(*inputs)
+    with torch.autocast("cpu", enabled=False):
+        return module(*(tensor.float() for tensor in inputs))
+
+
+class UNetBackbone(Backbone):
+    """MONAI's residual `UNet`. It strides from its first level on, which makes it by far the cheapest on a CPU."""
+
+    default_width = 16
+
+    def __init__(self, spec: BackboneSpec):
+        self.channels = tuple(_widths(spec.width or self.default_width, len(spec.strides) + 1))
+        reductions = _cumulative(spec.strides)
+        self.reductions = (*reductions, reductions[-1])  # the bottom layer does not stride
+        super().__init__(spec)
+
+    def monai_arguments(self) -> tuple[str, dict[str, Any]]:
+        spec = self.spec
+        return "UNet", {
+            "spatial_dims": 3,
+            "in_channels": spec.in_channels,
+            "out_channels": spec.out_channels,
+            "channels": list(self.channels),
+            "strides": [list(stride) for stride in spec.strides],
+            "num_res_units": 2,
+            "norm": _norm(spec),
+        }
+
+    def _levels(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Down layers (bottom included) and up layers, both fine to coarse, out of MONAI's nested blocks."""
+        downs, ups, block = [], [], self.net.model
+        while isinstance(block, nn.Sequential) and len(block) == 3:
+            downs.append(block[0])
+            ups.append(block[2])
+            block = block[1].submodule
+        return [*downs, block], ups
+
+    def encoder_modules(self) -> list[nn.Module]:
+        return self._levels()[0]
+
+    def head_modules(self) -> list[nn.Module]:
+        return self._levels()[1][:1]
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for down in self._levels()[0]:
+            x = _run(down, x)
+            features.append(x)
+        return features
+
+    def decode(self, features: Sequence[Tensor], blocks: int | None = None) -> Tensor:
+        ups = self._levels()[1][::-1]
+        x = features[-1]
+        for up, skip in zip(ups[:blocks], reversed(features[:-1]), strict=False):
+            x = _run(up, torch.cat([skip, x.to(skip.dtype)], dim=1))
+        return x
+
+
+class DynUNetBackbone(Backbone):
+    """MONAI's `DynUNet` with residual blocks: the nnU-Net family."""
+
+    default_width = 16
+
+    def __init__(self, spec: BackboneSpec):
+        self.channels = tuple(_widths(spec.width or self.default_width, len(spec.strides) + 1))
+        self.reductions = ((1, 1, 1), *_cumulative(spec.strides))
+        super().__init__(spec)
+
+    def monai_arguments(self) -> tuple[str, dict[str, Any]]:
+        spec = self.spec
+        # an axis that is not strided yet is still thick: nnU-Net gives it a kernel of 1 up to its first stride
+        kernels, halved = [], [False] * 3
+        for stride in spec.strides:
+            halved = [done or step > 1 for done, step in zip(halved, stride, strict=True)]
+            kernels.append([3 if done else 1 for done in halved])
+        return "DynUNet", {
+            "spatial_dims": 3,
+            "in_channels": spec.in_channels,
+            "out_channels": spec.out_channels,
+            "kernel_size": [kernels[0], *kernels],
+            "strides": [[1, 1, 1], *(list(stride) for stride in spec.strides)],
+            "upsample_kernel_size": [list(stride) for stride in spec.strides],
+            "filters": list(self.channels),
+            "norm_name": _norm(spec),
+            "res_block": True,
+        }
+
+    def encoder_modules(self) -> list[nn.Module]:
+        return [self.net.input_block, *self.net.downsamples, self.net.bottleneck]
+
+    def head_modules(self) -> list[nn.Module]:
+        return [self.net.output_block]
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for block in self.encoder_modules():
+            x = _run(block, x)
+            features.append(x)
+        return features
+
+    def decode(self, features: Sequence[Tensor], blocks: int | None = None) -> Tensor:
+        x = features[-1]
+        for up, skip in zip(list(self.net.upsamples)[:blocks], reversed(features[:-1]), strict=False):
+            x = _run(up, x, skip)
+        return x if blocks is not None else self.net.output_block(x)
+
+
+class SwinUNETRBackbone(Backbone):
+    """MONAI's `SwinUNETR`. Every axis must be a multiple of 32; below 64 voxels an axis it has too little to attend to."""
+
+    default_width = 24
+
+    def __init__(self, spec: BackboneSpec):
+        width = spec.width or self.default_width
+        self.channels = (width, width, 2 * width, 4 * width, 8 * width, 16 * width)
+        self.reductions = tuple((2**i, 2**i, 2**i) for i in range(6))
+        super().__init__(spec)
+
+    def monai_arguments(self) -> tuple[str, dict[str, Any]]:
+        spec = self.spec
+        return "SwinUNETR", {
+            "spatial_dims": 3,
+            "in_channels": spec.in_channels,
+            "out_channels": spec.out_channels,
+            "feature_size": self.width,
+            "use_v2": True,
+            "norm_name": _norm(spec),
+        }
+
+    def encoder_modules(self) -> list[nn.Module]:
+        net = self.net
+        return [net.swinViT, net.encoder1, net.encoder2, net.encoder3, net.encoder4, net.encoder10]
+
+    def head_modules(self) -> list[nn.Module]:
+        return [self.net.out]
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        net = self.net
+        net._check_input_size(x.shape[2:])
+        hidden = net.swinViT(x, net.normalize)
+        return [
+            net.encoder1(x),
+            net.encoder2(hidden[0]),
+            net.encoder3(hidden[1]),
+            _run(net.encoder4, hidden[2]),
+            hidden[3],
+            _run(net.encoder10, hidden[4]),
+        ]
+
+    def decode(self, features: Sequence[Tensor], blocks: int | None = None) -> Tensor:
+        net, x = self.net, features[-1]
+        ups = (net.decoder5, net.decoder4, net.decoder3, net.decoder2, net.decoder1)
+        for up, skip in zip(ups[:blocks], reversed(features[:-1]), strict=False):
+            x = _run(up, x, skip)
+        return x if blocks is not None else net.out(x)
+
+
+BACKBONES: dict[str, type[Backbone]] = {
+    "unet": UNetBackbone,
+    "dynunet": DynUNetBackbone,
+    "swin_unetr": SwinUNETRBackbone,
+}
+
+
+def build_backbone(spec: BackboneSpec) -> Backbone:
+    """Builds a backbone.
+
+    Raises:
+        MedclError: no backbone has that name, or MONAI refuses the arguments.
+    """
+    if spec.name not in BACKBONES:
+        raise MedclError(f"unknown backbone {spec.name!r}", "--backbone", f"Use one of {', '.join(BACKBONES)}.")
+    try:
+        return BACKBONES[spec.name](spec)
+    except ValueError as error:
+        raise MedclError(f"{spec.name} cannot be built ({error})", "--backbone", "Check strides and width.") from error

@@ -1,0 +1,25 @@
+"""The pretext tasks by name."""
+
+from __future__ import annotations
+
+import importlib
+
+from medcl.config import nearest
+from medcl.errors import MedclError
+from medcl.pretext.base import PretextTask
+
+TASKS = {
+    "voco": "medcl.pretext.voco:VoCo",
+}
+
+
+def task_class(name: str) -> type[PretextTask]:
+    """The class of a task.
+
+    Raises:
+        MedclError: no task has that name.
+    """
+    if name not in TASKS:
+        raise MedclError(f"unknown task {name!r}", "--task", nearest(name, TASKS))
+    module, cls = TASKS[name].split(":")
+    return getattr(importlib.import_module(module), cls)

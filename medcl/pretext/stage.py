@@ -1,0 +1,188 @@
+"""The stage `pretrain`: SOURCE to a pretrained encoder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from medcl.checkpoint import Contract, save_weights
+from medcl.config import PretrainConfig
+from medcl.data.case import Manifest
+from medcl.data.crops import CropDataset, StepBatches, crop_loader
+from medcl.data.plan import Plan
+from medcl.data.prepare import Stored
+from medcl.data.splits import Split, cases_of, make_split
+from medcl.data.stage import describe, load_source, plan_for, prepare_all, tell_problems
+from medcl.data.store import open_volume
+from medcl.errors import MedclError
+from medcl.networks.backbones import BackboneSpec, build_backbone
+from medcl.pretext.base import PretextTask
+from medcl.pretext.registry import task_class
+from medcl.run import log, open_run, write_provenance
+from medcl.training import (
+    LAST,
+    adamw,
+    autocast,
+    choose_accelerator,
+    choose_precision,
+    hours,
+    peak_memory,
+    preserved,
+    resume_step,
+    trainer_for,
+)
+
+TIMED_STEPS = 3
+
+
+class PretextModule(pl.LightningModule):
+    """Lightning's view of a pretext task."""
+
+    def __init__(self, task: PretextTask, dataset: CropDataset, config: PretrainConfig):
+        super().__init__()
+        self.task, self.dataset, self.config = task, dataset, config
+
+    def train_dataloader(self) -> Any:
+        batches = StepBatches(
+            self.config.batch_size, self.trainer.global_step, self.config.steps, self.global_rank, self.trainer.world_size
+        )
+        return crop_loader(self.dataset, batches, self.config.workers, pin=self.device.type == "cuda")
+
+    def transfer_batch_to_device(self, batch: dict[str, Tensor], device: torch.device, index: int) -> dict[str, Tensor]:
+        # seeds stay on the CPU: augmentation draws its parameters there
+        return {k: v if k == "seed" else v.to(device, non_blocking=True) for k, v in batch.items()}
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            views = self.task.views(batch["image"], batch["seed"])
+        return self.task.loss(views)
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        losses = self.losses(batch)
+        rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        self.log_dict({**{k: v.detach() for k, v in losses.items()}, "lr": rate}, batch_size=len(batch["image"]))
+        return losses["loss"]
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.task.after_step(self.trainer.global_step / self.config.steps)
+
+    def configure_optimizers(self) -> Any:
+        config = self.config
+        return adamw(self.task, config.lr, config.weight_decay, config.steps, config.warmup)
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Pretrains an encoder.
+
+    Args:
+        config: see `PretrainConfig`.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        MedclError: a setting cannot work; told before any training.
+    """
+    began = time.monotonic()
+    check(config)
+    accelerator = choose_accelerator(config.accelerator)
+    precision = choose_precision(config.precision, accelerator)
+    kind = task_class(config.task)
+    manifest = load_source(config.source, config.channel)
+    subjects, split = choose_subjects(manifest, config)
+    plan = plan_for(manifest, config.plan, device=accelerator, n4=config.n4)
+    pl.seed_everything(config.seed, verbose=False)
+    spec = BackboneSpec(config.backbone, 1, max(2, len(plan.labels) + 1), plan.strides, config.width, config.norm)
+    task = kind(build_backbone(spec), plan, config.options)
+
+    run = open_run(config.out, config, "pretrain", config.resume)
+    first = resume_step(run) if config.resume else 0
+    log.info("%s: %s.", config.source, describe(manifest))
+    tell_problems(manifest)
+    stored, left = prepare_all(manifest, plan, config.store, cases=cases_of(manifest, subjects))
+    plan.save(run / "plan.json")
+    left.save(run / "manifest.json")
+    if split:
+        split.save(run / "split.json")
+        log.info("%d subjects pretrain; %d of validation and %d of test are left out (--subjects all takes them).",
+                 len(subjects), len(split.val), len(split.test))  # fmt: skip
+
+    dataset = CropDataset([item.path for item in stored], task.read_size, config.seed)
+    module = PretextModule(task, dataset, config)
+    size = sum(p.numel() for p in task.backbone.encoder_parameters()) / 1e6
+    log.info("%s on %s (encoder of %.1f M parameters), %s, %s: %s.",
+             config.task, config.backbone, size, accelerator, precision, task.describe())  # fmt: skip
+    seconds = timed_step(module, accelerator, precision)
+    log.info("About %s for %d steps at %.2f s a step, %.1f GiB of memory so far.",
+             hours(seconds * (config.steps - first)), config.steps - first, seconds, peak_memory(accelerator))  # fmt: skip
+    trainer = trainer_for(
+        run, steps=config.steps, accelerator=accelerator, precision=precision, seed=config.seed,
+        every=config.checkpoint_every, title=f"pretrain {config.task}", resume_step=first,
+    )  # fmt: skip
+    trainer.fit(module, ckpt_path=str(run / LAST) if config.resume else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    save_weights(run, task.backbone, contract_of(task, config, plan, spec, stored))
+    write_provenance(run, began, accelerator=accelerator, precision=precision, seed=config.seed, resumed_at=first)
+    log.info("Encoder in %s after %s.", run / "weights", hours(time.monotonic() - began))
+    return run
+
+
+def check(config: PretrainConfig) -> None:
+    """Refuses settings that cannot work, before anything is read."""
+    for name in ("steps", "batch_size", "checkpoint_every"):
+        if getattr(config, name) < 1:
+            raise MedclError(f"{getattr(config, name)} is not positive", f"--{name}", "Give at least 1.")
+    if config.lr <= 0:
+        raise MedclError(f"{config.lr} is not positive", "--lr", "Give a positive number.")
+    if config.subjects not in ("auto", "train", "all"):
+        raise MedclError(f"unknown subjects {config.subjects!r}", "--subjects", "Use auto, train or all.")
+
+
+def choose_subjects(manifest: Manifest, config: PretrainConfig) -> tuple[tuple[str, ...], Split | None]:
+    """Who pretrains: by default nobody whom `finetune` on the same folder would validate or test on."""
+    split = make_split(manifest, config.test_fraction, config.val_fraction, config.split_seed)
+    if config.subjects == "all" or not (split.val or split.test):
+        return manifest.subjects, None
+    return split.train, split
+
+
+def timed_step(module: PretextModule, accelerator: str, precision: str) -> float:
+    """Seconds of one training step: the last of a few trial ones, which leave no trace."""
+    device = torch.device("cuda" if accelerator == "gpu" else "cpu")
+    module.to(device)
+    numbers = range(module.config.batch_size)
+    spent = 0.0
+    with preserved(module):
+        for _ in range(TIMED_STEPS):
+            began = time.perf_counter()
+            batch = torch.utils.data.default_collate([module.dataset[number] for number in numbers])
+            with autocast(precision, accelerator):
+                losses = module.losses(module.transfer_batch_to_device(batch, device, 0))
+            losses["loss"].backward()
+            if accelerator == "gpu":
+                torch.cuda.synchronize()
+            spent = time.perf_counter() - began
+    return spent
+
+
+def contract_of(
+    task: PretextTask, config: PretrainConfig, plan: Plan, spec: BackboneSpec, stored: list[Stored]
+) -> Contract:
+    return Contract(
+        kind="pretrained",
+        backbone=spec,
+        plan=plan,
+        trained=task.trains,
+        task=config.task,
+        options=task.resolved(),
+        source=str(Path(config.source).resolve()),
+        volumes=tuple(sorted(open_volume(item.path).meta["voxel_hash"] for item in stored)),
+        subjects=tuple(sorted({item.case.subject for item in stored})),
+        step=config.steps,
+    )

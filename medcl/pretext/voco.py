@@ -1,0 +1,194 @@
+"""VoCo: predict from appearance where in the body a crop lies.
+
+Wu, Zhuang, Chen, CVPR 2024 (see `medcl.losses.voco` for the objective). Base crops tile a canvas; a random crop's
+similarity to each base crop should equal the share of it that lies inside that base crop. The published networks tile
+the axial plane only, because their crops are as deep as the volume; here the grid is three-dimensional.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medcl.data.plan import THICK, Plan, round_up
+from medcl.errors import MedclError
+from medcl.losses.voco import overlap_labels, teacher_loss
+from medcl.networks.backbones import Backbone
+from medcl.networks.ema import MomentumTeacher, cosine_momentum
+from medcl.networks.heads import ProjectionHead, pooled_pyramid
+from medcl.pretext.base import PretextTask, Triple
+from medcl.transforms.compose import weak_intensity
+from medcl.transforms.random import mix_seeds, uniform
+
+LARGEST_CROP = 64
+FEWEST_FEATURES = 4  # voxels of the coarsest map: instance norm and pooling need some to speak of
+
+
+@dataclass(frozen=True)
+class VoCoOptions:
+    """Settings of VoCo.
+
+    Attributes:
+        crops: random crops a volume.
+        crop_size: voxels of a crop; by default half the volume along its axes, at most 64.
+        grid: base crops along each axis; by default as many as fit, at most `max_bases` in all.
+        max_bases: the most base crops.
+        momentum: of the teacher at the start; it rises to 1.
+        feature_dropout: share of pooled channels dropped before the projection.
+        hidden, embedding: widths of the projection head.
+        flip: probability of mirroring a crop along each axis. The label knows places only, so mirroring teaches
+            invariance to it; 0 keeps left and right apart.
+        intensity: mild random intensity changes of every crop.
+    """
+
+    crops: int = 4
+    crop_size: tuple[int, int, int] | None = None
+    grid: tuple[int, int, int] | None = None
+    max_bases: int = 16
+    momentum: float = 0.99
+    feature_dropout: float = 0.2
+    hidden: int = 512
+    embedding: int = 256
+    flip: float = 0.2
+    intensity: bool = True
+
+
+class VoCo(PretextTask):
+    """VoCo with a momentum teacher copied from the student."""
+
+    Options = VoCoOptions
+
+    def __init__(self, backbone: Backbone, plan: Plan, options: dict[str, Any]):
+        super().__init__(backbone, plan, options)
+        chosen: VoCoOptions = self.options
+        self.crop_size, self.grid = base_grid(plan, chosen.crop_size, chosen.grid, chosen.max_bases)
+        self.input_size = network_input(self.crop_size, backbone.multiple)
+        x, y, z = (n * g for n, g in zip(self.crop_size, self.grid, strict=True))
+        self.read_size = (x, y, z)
+        width = sum(backbone.channels)
+        self.projection_head = ProjectionHead(
+            width, chosen.hidden, chosen.embedding, dropout=chosen.feature_dropout
+        )
+        self.teacher = MomentumTeacher(nn.ModuleDict({"backbone": backbone, "head": self.projection_head}))
+        self._intensity = weak_intensity(plan.modality, plan.spacing) if chosen.intensity else None
+
+    def describe(self) -> str:
+        size = " x ".join(map(str, self.crop_size))
+        scaled = "" if self.input_size == self.crop_size else f", enlarged to {' x '.join(map(str, self.input_size))}"
+        grid = " x ".join(map(str, self.grid))
+        return f"{grid} base crops and {self.options.crops} random crops of {size} voxels{scaled}"
+
+    def views(self, volume: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+        """Random crops (B, K, 1, *crop), base crops (B, n, 1, *crop) and overlap shares (B, K, n)."""
+        crop = torch.tensor(self.crop_size)
+        room = torch.tensor(self.read_size) - crop
+        draws = uniform(seeds, "voco.start", self.options.crops, 3)
+        starts = torch.minimum((draws * (room + 1)).floor(), room).long()
+        crops = cut(volume, starts.to(volume.device), self.crop_size)
+        bases = tile(volume, self.grid)
+        labels = overlap_labels(starts.to(volume.device).float(), crop.to(volume.device).float(), self.grid)
+        both = torch.cat([crops, bases], dim=1)
+        batch, count = both.shape[:2]
+        crop_seeds = mix_seeds(seeds.repeat_interleave(count), torch.arange(count).repeat(batch))
+        flat = self._augment(both.flatten(0, 1), crop_seeds)
+        both = flat.view(*both.shape[:2], *flat.shape[1:])
+        return {"crops": both[:, : self.options.crops], "bases": both[:, self.options.crops :], "labels": labels}
+
+    def _augment(self, crops: Tensor, seeds: Tensor) -> Tensor:
+        flips = uniform(seeds, "voco.flip", 3) < self.options.flip
+        for axis in range(3):
+            chosen = flips[:, axis].nonzero().flatten().to(crops.device)
+            if len(chosen):
+                crops[chosen] = crops[chosen].flip(axis + 2)
+        return crops if self._intensity is None else self._intensity(crops, seeds)
+
+    def loss(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        crops, bases = views["crops"], views["bases"]
+        batch, k = crops.shape[:2]
+        pixels = torch.cat([crops, bases], dim=1).flatten(0, 1)
+        if self.input_size != self.crop_size:
+            pixels = F.interpolate(pixels, size=self.input_size, mode="trilinear", align_corners=False)
+        student = self.projection_head(pooled_pyramid(self.backbone.encode(pixels)))
+        with torch.no_grad():
+            nets = self.teacher.module
+            teacher = nets["head"](pooled_pyramid(nets["backbone"].encode(pixels)))  # type: ignore[index, operator]
+        student, teacher = (z.float().view(batch, -1, z.shape[-1]) for z in (student, teacher))
+        return teacher_loss(student[:, :k], student[:, k:], teacher[:, :k], teacher[:, k:], views["labels"])
+
+    def after_step(self, progress: float) -> None:
+        student = nn.ModuleDict({"backbone": self.backbone, "head": self.projection_head})
+        self.teacher.update(student, cosine_momentum(self.options.momentum, progress))
+
+
+def base_grid(
+    plan: Plan, crop_size: Triple | None = None, grid: Triple | None = None, max_bases: int = 16
+) -> tuple[Triple, Triple]:
+    """Crop size and base grid for the plan's volumes.
+
+    A crop spans half of the shortest axis that can be halved, at most 64 voxels, and all of a thick axis with too few
+    slices to share; the grid is what then fits into the median volume.
+
+    Raises:
+        MedclError: only one base crop fits, so there is no position to tell.
+    """
+    multiple, volume = plan.total_stride, plan.volume_size
+    if crop_size is None:
+        finest = min(plan.spacing)
+        halves = [(n // 2) // m * m for n, m in zip(volume, multiple, strict=True)]
+        able = [
+            half >= 2 * m and step < THICK * finest for half, m, step in zip(halves, multiple, plan.spacing, strict=True)
+        ]
+        # a crop as near to a cube in mm as the axes allow
+        side = min((h * s for h, s, ok in zip(halves, plan.spacing, able, strict=True) if ok), default=0.0)
+        side = min(side, LARGEST_CROP * finest)
+        sizes = [
+            max(2 * m, round(side / step / m) * m) if ok else -(-n // m) * m
+            for step, m, n, ok in zip(plan.spacing, multiple, volume, able, strict=True)
+        ]
+        crop_size = (sizes[0], sizes[1], sizes[2])
+    if grid is None:
+        counts = [max(1, n // c) for n, c in zip(volume, crop_size, strict=True)]
+        while math.prod(counts) > max_bases:
+            counts[counts.index(max(counts))] -= 1
+        grid = (counts[0], counts[1], counts[2])
+    if math.prod(grid) < 2:
+        raise MedclError(
+            f"a single base crop of {crop_size} voxels fits into the median volume of {volume}",
+            "voco", "Give a smaller --options.crop_size, or a finer spacing in plan.json.",
+        )  # fmt: skip
+    return crop_size, grid
+
+
+def network_input(crop: Triple, multiple: Triple) -> Triple:
+    """The size crops are enlarged to: multiples of the network's total stride with a few voxels left at its bottom."""
+    size = round_up(crop, multiple)
+    while math.prod(n // m for n, m in zip(size, multiple, strict=True)) < FEWEST_FEATURES:
+        a, b, c = (n * 2 if n == min(size) else n for n in size)
+        size = (a, b, c)
+    return size
+
+
+def cut(volume: Tensor, starts: Tensor, size: Triple) -> Tensor:
+    """Crops (B, K, C, *size) of a batch (B, C, X, Y, Z) at `starts` (B, K, 3), in one indexing operation."""
+    x, y, z = (
+        starts[..., axis, None] + torch.arange(n, device=volume.device) for axis, n in enumerate(size)
+    )  # (B, K, n) each
+    batch = torch.arange(len(volume), device=volume.device).view(-1, 1, 1, 1, 1)
+    picked = volume.movedim(1, -1)[
+        batch, x[:, :, :, None, None], y[:, :, None, :, None], z[:, :, None, None, :]
+    ]  # (B, K, *size, C)
+    return picked.movedim(-1, 2)
+
+
+def tile(volume: Tensor, grid: Triple) -> Tensor:
+    """Non-overlapping base crops (B, n, C, *crop) of a batch (B, C, X, Y, Z), the last axis of the grid fastest."""
+    b, c, *size = volume.shape
+    gx, gy, gz = grid
+    cx, cy, cz = (n // g for n, g in zip(size, grid, strict=True))
+    pieces = volume.view(b, c, gx, cx, gy, cy, gz, cz).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    return pieces.reshape(b, gx * gy * gz, c, cx, cy, cz)

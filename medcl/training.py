@@ -1,0 +1,311 @@
+"""What every training run shares: hardware choice, the run folder, logging, checkpoints, the Lightning trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import platform
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from medcl.errors import MedclError
+from medcl.files import atomic_path
+from medcl.run import log, write_metrics
+
+LAST = "checkpoints/last.ckpt"
+FLUSH_SECONDS = 5.0
+
+
+def choose_accelerator(wish: str = "auto") -> str:
+    """`gpu` or `cpu`.
+
+    Raises:
+        MedclError: a GPU is asked for and torch sees none.
+    """
+    if wish not in ("auto", "cpu", "gpu"):
+        raise MedclError(f"unknown accelerator {wish!r}", "--accelerator", "Use auto, cpu or gpu.")
+    if wish == "gpu" and not torch.cuda.is_available():
+        raise MedclError("torch sees no GPU", "--accelerator", "Use auto or cpu, or install a CUDA build of torch.")
+    return "gpu" if wish != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def choose_precision(wish: str, accelerator: str) -> str:
+    """Lightning's precision for `auto`, `32`, `bf16` or `16`.
+
+    bf16 on a CPU pays only where the CPU multiplies in it (AVX-512 BF16 or AMX).
+    """
+    names = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+    if wish in names:
+        if wish == "16" and accelerator == "cpu":
+            raise MedclError("16-bit floats need a GPU", "--precision", "Use auto, 32 or bf16.")
+        return names[wish]
+    if wish != "auto":
+        raise MedclError(f"unknown precision {wish!r}", "--precision", "Use auto, 32, bf16 or 16.")
+    if accelerator == "gpu":
+        return names["bf16" if torch.cuda.is_bf16_supported() else "16"]
+    cpu = torch.cpu
+    fast = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+    return names["bf16" if fast else "32"]
+
+
+def autocast(precision: str, accelerator: str) -> contextlib.AbstractContextManager[Any]:
+    """The autocast context that Lightning uses for this precision, for code outside the trainer."""
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast("cuda" if accelerator == "gpu" else "cpu", dtype)
+
+
+def warmup_cosine(step: int, steps: int, warmup: float) -> float:
+    """Factor on the learning rate: linear rise over `warmup` of the steps, then half a cosine to 0."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
+
+
+def adamw(
+    module: torch.nn.Module, lr: float, weight_decay: float, steps: int, warmup: float
+) -> dict[str, Any]:
+    """AdamW with warm-up and cosine for `configure_optimizers`; biases and normalisation are not decayed."""
+    train = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in train if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in train if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole or absent, and are read without unpickling code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with atomic_path(Path(path)) as part:
+            torch.save(checkpoint, part)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        try:
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except Exception as error:  # torch raises several kinds for a damaged archive
+            raise MedclError(f"cannot be read ({type(error).__name__})", path, "Start anew without --resume.") from error
+
+
+class RunLogger(Logger):
+    """metrics.csv, rewritten whole and atomically, and TensorBoard event files.
+
+    After a resume the rows past the checkpoint are dropped: those steps are run again.
+    """
+
+    def __init__(self, run: Path, resume_step: int = 0):
+        super().__init__()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._run, self._written = run, 0.0
+        from medcl.run import read_metrics
+
+        self._rows: dict[int, dict[str, float]] = {
+            int(row["step"]): row for row in read_metrics(run) if row["step"] < resume_step
+        }
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step or None)
+
+    @property
+    def name(self) -> str:
+        return "medcl"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass  # config.yaml holds them
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        number = int(step or 0)
+        values = {k: float(v) for k, v in metrics.items() if k != "epoch"}
+        self._rows.setdefault(number, {"step": number}).update(values)
+        for name, value in values.items():
+            self._board.add_scalar(name, value, number)
+        if time.monotonic() - self._written > FLUSH_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        write_metrics(self._run, [self._rows[step] for step in sorted(self._rows)])
+        self._written = time.monotonic()
+
+    def finalize(self, status: str) -> None:
+        self.save()
+        self._board.close()
+
+
+class Progress(Callback):
+    """A bar with loss and learning rate on a terminal; a line every tenth of the way elsewhere."""
+
+    def __init__(self, steps: int, title: str):
+        self.steps, self.title = steps, title
+        self._bar: Any = None
+        self._began, self._first = 0.0, 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._began, self._first = time.monotonic(), trainer.global_step
+        if Console(stderr=True).is_terminal:
+            columns = (TextColumn(self.title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                       TextColumn("{task.fields[note]}"))  # fmt: skip
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar.start()
+            self._bar.add_task(self.title, total=self.steps, completed=self._first, note="")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        step = trainer.global_step
+        shown = {k: float(v) for k, v in trainer.callback_metrics.items() if k in ("loss", "lr", "val_dice")}
+        note = "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
+        if self._bar is not None:
+            self._bar.update(0, completed=step, note=note)
+        elif step * 10 // self.steps > (step - 1) * 10 // self.steps:
+            pace = (time.monotonic() - self._began) / max(1, step - self._first)
+            log.info("%s %d/%d  %s  %.2f s a step", self.title, step, self.steps, note, pace)
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+
+class Checkpoints(Callback):
+    """Writes `checkpoints/last.ckpt` every so many steps, at the end, and when a person interrupts."""
+
+    def __init__(self, run: Path, every: int):
+        self.path, self.every = run / LAST, max(1, every)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        if trainer.global_step % self.every == 0 or trainer.global_step >= trainer.max_steps:
+            trainer.save_checkpoint(self.path)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        # between two steps the state is whole; inside one it is not, and the last written checkpoint stands
+        if isinstance(exception, KeyboardInterrupt):
+            log.info("Interrupted at step %d. Go on with --resume.", trainer.global_step)
+
+
+class SeedEveryStep(Callback):
+    """Makes whatever draws from torch's global generator (dropout) a function of seed and step."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        torch.manual_seed((self.seed * 1_000_003 + trainer.global_step * 64 + trainer.global_rank) % 2**63)
+
+
+class StopOnNaN(Callback):
+    """Ends the run at the first loss that is not finite, with the last good checkpoint kept."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if loss is not None and not torch.isfinite(loss):
+            raise MedclError(
+                f"the loss is not finite at step {trainer.global_step}", "training",
+                "Lower --lr, or use --precision 32; the last checkpoint is from before.",
+            )  # fmt: skip
+
+
+def trainer_for(
+    run: Path, *, steps: int, accelerator: str, precision: str, seed: int, every: int, title: str, resume_step: int = 0,
+    callbacks: tuple[Callback, ...] = (), clip: float = 1.0,
+) -> pl.Trainer:  # fmt: skip
+    """A quiet Lightning trainer that logs into `run` and runs `steps` optimiser steps on one device."""
+    quiet_lightning()
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        precision=precision,  # type: ignore[arg-type]
+        max_steps=steps,
+        max_epochs=-1,
+        gradient_clip_val=clip,
+        logger=RunLogger(run, resume_step),
+        log_every_n_steps=max(1, min(50, steps // 100)),
+        callbacks=[SeedEveryStep(seed), StopOnNaN(), *callbacks, Progress(steps, title), Checkpoints(run, every)],
+        plugins=[AtomicCheckpoints()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        default_root_dir=str(run),
+    )
+
+
+def quiet_lightning() -> None:
+    for name in ("pytorch_lightning", "lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for text in (".*does not have many workers.*", ".*no `val_dataloader`.*", ".*`IterableDataset` has `__len__`.*",
+                 ".*torch.cpu.amp.autocast.*", ".*LeafSpec.*", ".*isinstance.treespec.*", ".*module.s. in eval mode.*"):  # fmt: skip
+        warnings.filterwarnings("ignore", message=text)
+
+
+def resume_step(run: Path) -> int:
+    """Optimiser steps in the last checkpoint.
+
+    Raises:
+        MedclError: there is none.
+    """
+    path = run / LAST
+    if not path.exists():
+        raise MedclError("holds no checkpoint to resume from", run, "Start without --resume.")
+    return int(AtomicCheckpoints().load_checkpoint(path)["global_step"])
+
+
+def peak_memory(accelerator: str) -> float:
+    """GiB this process has held at most: device memory on a GPU, resident memory on a CPU."""
+    if accelerator == "gpu":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return float("nan")
+    scale = 2**30 if platform.system() == "Darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+def hours(seconds: float) -> str:
+    """`35 s`, `12 min` or `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@contextlib.contextmanager
+def preserved(module: torch.nn.Module) -> Iterator[None]:
+    """Leaves parameters, buffers, gradients and the global generator as they were: for trial steps."""
+    state = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    with torch.random.fork_rng():
+        yield
+    module.load_state_dict(state)
+    for parameter in module.parameters():
+        parameter.grad = None
+
+
+def limit_threads() -> None:
+    """On a CPU, waiting threads should sleep: one busy neighbour makes spinning ones many times slower."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

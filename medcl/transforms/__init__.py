@@ -1,0 +1,42 @@
+"""Batched, replayable random transforms of volumes (B, C, D, H, W), on any device."""
+
+from medcl.transforms.base import Params, RandomTransform
+from medcl.transforms.compose import (
+    Compose,
+    StrongAugmentation,
+    WeakIntensity,
+    strong_augmentation,
+    weak_intensity,
+)
+from medcl.transforms.intensity import (
+    RandomBiasField,
+    RandomBlur,
+    RandomBrightnessContrast,
+    RandomCoarseDropout,
+    RandomGamma,
+    RandomLowResolution,
+    RandomNoise,
+)
+from medcl.transforms.random import mix, mix_seeds, noise_like
+from medcl.transforms.spatial import RandomSpatial
+
+__all__ = [
+    "Compose",
+    "Params",
+    "RandomBiasField",
+    "RandomBlur",
+    "RandomBrightnessContrast",
+    "RandomCoarseDropout",
+    "RandomGamma",
+    "RandomLowResolution",
+    "RandomNoise",
+    "RandomSpatial",
+    "RandomTransform",
+    "StrongAugmentation",
+    "WeakIntensity",
+    "mix",
+    "mix_seeds",
+    "noise_like",
+    "strong_augmentation",
+    "weak_intensity",
+]

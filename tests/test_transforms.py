@@ -1,0 +1,516 @@
+"""Transforms replay, know nothing of their batch, and do what slow independent references say."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage, stats
+from torch import Tensor
+
+from medcl.transforms import (
+    Compose,
+    RandomBiasField,
+    RandomBlur,
+    RandomBrightnessContrast,
+    RandomCoarseDropout,
+    RandomGamma,
+    RandomLowResolution,
+    RandomNoise,
+    RandomSpatial,
+    RandomTransform,
+    StrongAugmentation,
+    WeakIntensity,
+    mix,
+    mix_seeds,
+    noise_like,
+    strong_augmentation,
+    weak_intensity,
+)
+from medcl.transforms.linear import bspline_matrix, gaussian_matrix, low_resolution_matrix
+from medcl.transforms.random import bernoulli, normal, uniform
+
+SHAPE = (14, 12, 10)
+SEEDS = torch.tensor([3, 1, 4, 159, 2**62, 6])
+
+EVERY = {
+    "spatial": RandomSpatial(shear=0.2, translate=0.1, flip=(0.5, 0.5, 0.5), elastic=(5, 2), p_affine=0.5, p_elastic=0.5),
+    "spatial_label_linear": RandomSpatial(elastic=(5, 2), p_elastic=0.5, label_mode="linear"),
+    "noise": RandomNoise((0.1, 0.3), 0.6),
+    "blur": RandomBlur((0.5, 1.5), 0.6),
+    "brightness_contrast": RandomBrightnessContrast(),
+    "gamma": RandomGamma(probability=0.6),
+    "gamma_inverted": RandomGamma(invert=True, retain_stats=False, probability=0.6),
+    "low_resolution": RandomLowResolution((0.3, 0.9), p_axis=0.7, probability=0.6),
+    "bias_field": RandomBiasField(probability=0.6),
+    "coarse_dropout": RandomCoarseDropout(probability=0.6),
+    "strong": strong_augmentation(),
+    "weak": weak_intensity(),
+}
+
+
+def volumes(batch: int = len(SEEDS), shape: tuple[int, ...] = SHAPE, channels: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(batch, channels, *shape, generator=generator)
+    return image, torch.randint(0, 4, (batch, 1, *shape), generator=generator, dtype=torch.uint8)
+
+
+def flat(params: object) -> list[Tensor]:
+    steps = params if isinstance(params, list) else [params]
+    return [value for step in steps for value in step.values()]
+
+
+def smooth_blob(shape: tuple[int, ...], centre: tuple[float, ...], width: float = 2.5) -> Tensor:
+    index = np.indices(shape).reshape(3, -1).T - np.array(centre)
+    return torch.from_numpy(np.exp(-0.5 * (index**2).sum(1) / width**2).reshape(1, 1, *shape)).float()
+
+
+# what holds of all of them
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_drawn_parameters_replay(name: str) -> None:
+    transform, (image, label) = EVERY[name], volumes()
+    before = image.clone(), label.clone()
+    params = transform.draw(SEEDS, image.shape)
+    first, first_label = transform.apply_both(image, label, params)
+    again, again_label = transform.apply_both(image, label, params)
+    called, called_label = transform(image, SEEDS, label)
+    assert torch.equal(first, again) and torch.equal(first, called) and torch.equal(transform(image, SEEDS), first)
+    assert torch.equal(first_label, again_label) and torch.equal(first_label, called_label)
+    assert torch.equal(image, before[0]) and torch.equal(label, before[1]), "the input was written to"
+    assert first.dtype == torch.float32 and first_label.dtype == label.dtype
+    assert first.shape == image.shape and first_label.shape == label.shape
+    assert torch.isfinite(first).all() and set(first_label.unique().tolist()) <= {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_sample_knows_nothing_of_its_batch(name: str) -> None:
+    transform, (image, label) = EVERY[name], volumes()
+    together, together_label = transform(image, SEEDS, label)
+    for index in ([2], [5, 0, 3]):
+        params = transform.draw(SEEDS[index], SHAPE)
+        for mine, whole in zip(flat(params), flat(transform.draw(SEEDS, SHAPE)), strict=True):
+            assert torch.equal(mine, whole[index])
+        alone, alone_label = transform.apply_both(image[index], label[index], params)
+        torch.testing.assert_close(alone, together[index], rtol=1e-5, atol=1e-5)
+        assert torch.equal(alone_label, together_label[index])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_other_seeds_draw_otherwise(name: str) -> None:
+    image, _ = volumes(1)
+    image = image.expand(16, -1, -1, -1, -1)
+    out = EVERY[name](image, torch.arange(16))
+    assert len({tuple(sample.flatten().tolist()) for sample in out}) > 3
+
+
+@pytest.mark.parametrize("constant", [0.0, -3.0, 1e4])
+@pytest.mark.parametrize("name", EVERY)
+def test_constant_images_stay_finite(name: str, constant: float) -> None:
+    out = EVERY[name](torch.full((8, 1, 9, 8, 7), constant), torch.arange(8))
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (5, 1, 7), (3, 4, 2), (1, 1, 1)])
+@pytest.mark.parametrize("name", EVERY)
+def test_thin_volumes_are_no_exception(name: str, shape: tuple[int, int, int]) -> None:
+    image, label = volumes(4, shape)
+    out, moved = EVERY[name](image, torch.arange(4), label, spacing=(5.0, 1.0, 1.0))
+    assert out.shape == image.shape and moved.shape == label.shape and torch.isfinite(out).all()
+
+
+def test_zero_probability_changes_nothing() -> None:
+    image, label = volumes()
+    never: list[RandomTransform] = [
+        RandomSpatial(p_affine=0, p_elastic=0),
+        RandomNoise(probability=0),
+        RandomBlur(probability=0),
+        RandomBrightnessContrast(p_brightness=0, p_contrast=0),
+        RandomGamma(probability=0),
+        RandomLowResolution(probability=0),
+        RandomBiasField(probability=0),
+        RandomCoarseDropout(probability=0),
+    ]
+    for transform in never:
+        out, moved = transform(image, SEEDS, label)
+        assert torch.equal(out, image) and torch.equal(moved, label), type(transform).__name__
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in ("strong", "weak", "brightness_contrast")])
+def test_only_drawn_samples_change(name: str) -> None:
+    transform, (image, _) = EVERY[name], volumes()
+    seeds = torch.arange(6) + 20
+    params = transform.draw(seeds, SHAPE)
+    changed = (transform.apply(image, params) != image).flatten(1).any(dim=1)
+    assert torch.equal(changed, params["active"])
+
+
+def test_neutral_strength_changes_next_to_nothing() -> None:
+    image, _ = volumes()
+    for transform in (
+        RandomSpatial(0.0, (1.0, 1.0)),
+        RandomNoise((0.0, 0.0)),
+        RandomBlur((0.0, 0.0)),
+        RandomBrightnessContrast((1.0, 1.0), (1.0, 1.0), 1.0, 1.0),
+        RandomGamma((1.0, 1.0)),
+        RandomGamma((1.0, 1.0), invert=True),
+        RandomLowResolution((1.0, 1.0)),
+        RandomBiasField((0.0, 0.0)),
+        RandomCoarseDropout(size=(0.0, 0.0)),
+    ):
+        torch.testing.assert_close(transform(image, SEEDS), image, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: RandomNoise(probability=1.5),
+        lambda: RandomNoise((0.2, 0.1)),
+        lambda: RandomBlur((-1.0, 1.0)),
+        lambda: RandomLowResolution((0.5, 2.0)),
+        lambda: RandomSpatial(scale=(0.0, 1.0)),
+        lambda: RandomSpatial(elastic=(8, 4)),
+        lambda: RandomSpatial(rotate_deg=(10.0, 10.0)),
+        lambda: RandomBiasField(knots=3),
+        lambda: RandomNoise()(torch.zeros(2, 1, 4, 4, 4), torch.zeros(2)),
+    ],
+)
+def test_nonsense_is_refused(wrong) -> None:
+    with pytest.raises(ValueError):
+        wrong()
+
+
+# random numbers
+
+
+def test_draws_are_uniform_and_normal() -> None:
+    seeds = torch.arange(4000)
+    for sample in (uniform(seeds, "a"), uniform(torch.tensor([7]), "a", 20000).flatten()):
+        assert stats.kstest(sample.numpy(), "uniform").pvalue > 1e-3
+    for sample in (normal(seeds, "a"), normal(torch.tensor([7]), "a", 20000).flatten()):
+        assert stats.kstest(sample.numpy(), "norm").pvalue > 1e-3
+    assert abs(bernoulli(seeds, "a", 0.3).float().mean() - 0.3) < 0.03
+    assert bernoulli(seeds, "a", 1.0).all() and not bernoulli(seeds, "a", 0.0).any()
+
+
+def test_neighbouring_seeds_names_and_indices_are_unrelated() -> None:
+    seeds = torch.arange(20000)
+    here = uniform(seeds, "a", 2)
+    pairs = [
+        (here[:-1, 0], here[1:, 0]),
+        (here[:, 0], here[:, 1]),
+        (here[:, 0], uniform(seeds, "b")),
+        (here[:, 0], uniform(seeds << 32, "a")),
+        (here[:, 0], uniform(mix_seeds(seeds, 1), "a")),
+    ]
+    for left, right in pairs:
+        assert abs(np.corrcoef(left.numpy(), right.numpy())[0, 1]) < 0.03
+        table = np.histogram2d(left.numpy(), right.numpy(), bins=8)[0].ravel()
+        assert stats.chisquare(table, np.full(64, table.sum() / 64)).pvalue > 1e-4
+
+
+@given(st.integers(-(2**70), 2**70), st.lists(st.integers(-(2**40), 2**63 - 1), max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_mix_agrees_with_its_batched_form(seed: int, ints: list[int]) -> None:
+    expected = mix(seed, *ints)
+    assert 0 <= expected < 2**63
+    wrapped = (seed + 2**63) % 2**64 - 2**63
+    assert mix_seeds(torch.tensor([wrapped]), *ints).item() == expected
+    assert mix_seeds(torch.tensor([wrapped]), *(torch.tensor([i]) for i in ints)).item() == expected
+
+
+def test_mix_separates_order_count_and_value() -> None:
+    values = {mix(s, *ints) for s in range(20) for ints in ((), (0,), (0, 0), (1,), (0, 1), (1, 0), (2, 5), (5, 2))}
+    assert len(values) == 20 * 8
+    assert mix(0, 1, 2) == 5183021371612577371, "a new stream would change every published run"
+
+
+def test_noise_is_normal_and_follows_its_seed() -> None:
+    x = torch.zeros(4, 1, 24, 24, 24)
+    noise = noise_like(x, torch.tensor([1, 2, 1 + 2**32, 2**62]))
+    for sample in noise:
+        assert stats.kstest(sample.flatten().numpy(), "norm").pvalue > 1e-3
+    assert abs(np.corrcoef(noise.flatten(1).numpy()) - np.eye(4)).max() < 0.04, "32 low bits must not decide alone"
+    assert torch.equal(noise_like(x[:1], torch.tensor([2])), noise[1:2])
+
+
+# intensity against references
+
+
+def test_blur_is_scipys_gaussian_with_renormalised_borders() -> None:
+    image, _ = volumes()
+    transform = RandomBlur((0.4, 2.0))
+    params = transform.draw(SEEDS, SHAPE, (2.0, 1.0, 1.0))
+    out = transform.apply(image, params).numpy()
+    assert torch.allclose(params["sigma"][:, 0] * 2, params["sigma"][:, 1]), "as wide in mm along a coarser axis"
+    for b in range(len(image)):
+        sigma = params["sigma"][b].numpy()
+
+        def smooth(volume: np.ndarray, sigma: np.ndarray = sigma) -> np.ndarray:
+            return ndimage.gaussian_filter(volume.astype(np.float64), sigma, mode="constant", truncate=9)
+
+        for c in range(2):
+            expected = smooth(image[b, c].numpy()) / smooth(np.ones(SHAPE))
+            np.testing.assert_allclose(out[b, c], expected, atol=2e-5)
+
+
+def test_noise_adds_the_drawn_spread() -> None:
+    image = torch.full((6, 1, 20, 20, 20), 5.0)
+    transform = RandomNoise((0.1, 0.5))
+    params = transform.draw(SEEDS, image.shape)
+    spread = (transform.apply(image, params) - image).flatten(1).std(dim=1)
+    torch.testing.assert_close(spread, params["std"], rtol=0.05, atol=0)
+
+
+def test_brightness_and_contrast_by_the_book() -> None:
+    image, _ = volumes()
+    transform = RandomBrightnessContrast((0.5, 1.5), (0.5, 1.5), 1.0, 1.0)
+    params = transform.draw(SEEDS, SHAPE)
+    out = transform.apply(image, params).numpy()
+    for b in range(len(image)):
+        for c in range(2):
+            x = image[b, c].numpy() * params["brightness"][b].item()
+            expected = np.clip((x - x.mean()) * params["contrast"][b].item() + x.mean(), x.min(), x.max())
+            np.testing.assert_allclose(out[b, c], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("invert", [False, True])
+@pytest.mark.parametrize("retain", [False, True])
+def test_gamma_by_the_book(invert: bool, retain: bool) -> None:
+    image, _ = volumes()
+    image = image * 3 + 50
+    transform = RandomGamma((0.5, 2.0), invert, retain)
+    params = transform.draw(SEEDS, SHAPE)
+    out = transform.apply(image, params).numpy()
+    for b in range(len(image)):
+        for c in range(2):
+            x = image[b, c].numpy().astype(np.float64) * (-1 if invert else 1)
+            y = ((x - x.min()) / np.ptp(x)) ** params["gamma"][b].item() * np.ptp(x) + x.min()
+            y = (y - y.mean()) / y.std() * x.std() + x.mean() if retain else y
+            np.testing.assert_allclose(out[b, c], y * (-1 if invert else 1), atol=2e-4)
+
+
+def test_gamma_falls_on_both_sides_of_one_equally() -> None:
+    gamma = RandomGamma((0.7, 1.5)).draw(torch.arange(4000), SHAPE)["gamma"]
+    assert 0.7 <= gamma.min() and gamma.max() <= 1.5 and abs((gamma < 1).float().mean() - 0.5) < 0.03
+
+
+def test_low_resolution_averages_and_interpolates() -> None:
+    line = torch.tensor([0.0, 2.0, 4.0, 6.0, 1.0, 3.0])
+    half = low_resolution_matrix(6, torch.tensor([0.5]))[0] @ line  # averages 1, 5, 2 at 0.5, 2.5, 4.5
+    torch.testing.assert_close(half, torch.tensor([1.0, 2.0, 4.0, 4.25, 2.75, 2.0]))
+    whole = low_resolution_matrix(6, torch.tensor([1.0, 1 / 6]))
+    torch.testing.assert_close(whole[0], torch.eye(6))
+    torch.testing.assert_close(whole[1] @ line, line.mean().expand(6))
+
+
+@given(st.integers(1, 40), st.floats(0.02, 1.0), st.floats(0.0, 5.0), st.integers(4, 9))
+@settings(max_examples=60, deadline=None)
+def test_every_axis_matrix_averages(size: int, zoom: float, sigma: float, knots: int) -> None:
+    for matrix in (
+        low_resolution_matrix(size, torch.tensor([zoom])),
+        gaussian_matrix(size, torch.tensor([sigma])),
+        bspline_matrix(size, knots),
+    ):
+        assert (matrix >= -1e-6).all()
+        torch.testing.assert_close(matrix.sum(-1), torch.ones(matrix.shape[:-1]), rtol=0, atol=1e-5)
+
+
+def test_low_resolution_spares_the_coarser_axis() -> None:
+    zoom = RandomLowResolution((0.5, 0.6)).draw(SEEDS, SHAPE, (3.0, 1.0, 1.0))["zoom"]
+    assert (zoom[:, 0] == 1).all() and (zoom[:, 1:] <= 0.6).all()
+
+
+def test_bias_field_is_smooth_positive_and_counted_from_the_minimum() -> None:
+    image, _ = volumes(channels=1)
+    transform = RandomBiasField((0.3, 0.3))
+    out = transform(image, SEEDS)
+    low = image.amin((2, 3, 4), keepdim=True)
+    field = ((out - low) / (image - low).clamp(min=1e-9))[:, :, 1:-1, 1:-1, 1:-1]
+    kept = (image - low)[:, :, 1:-1, 1:-1, 1:-1] > 0.5
+    assert (field[kept] > 0).all() and field[kept].std() > 0.05
+    assert torch.allclose(out.amin((2, 3, 4)), image.amin((2, 3, 4)))
+    step = (field[:, :, 1:] - field[:, :, :-1]).abs()[kept[:, :, 1:] & kept[:, :, :-1]]
+    assert step.max() < 0.25
+
+
+def test_dropout_fills_boxes_with_the_mean() -> None:
+    image, _ = volumes()
+    transform = RandomCoarseDropout(holes=2, size=(0.3, 0.5))
+    params = transform.draw(SEEDS, SHAPE)
+    out = transform.apply(image, params)
+    for b in range(len(image)):
+        expected = image[b].clone()
+        for start, stop in zip(params["start"][b], params["stop"][b], strict=True):
+            slices = [
+                [i for i in range(n) if lo <= (i + 0.5) / n < hi]
+                for n, lo, hi in zip(SHAPE, start.tolist(), stop.tolist(), strict=True)
+            ]
+            d, h, w = torch.meshgrid(*map(torch.tensor, slices), indexing="ij")
+            expected[:, d, h, w] = image[b].mean((1, 2, 3))[:, None, None, None]
+        torch.testing.assert_close(out[b], expected)
+
+
+# space against references
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.5, 1.0, 0.8)])
+def test_resampling_is_scipys_map_coordinates(spacing: tuple[float, ...]) -> None:
+    image, label = volumes()
+    transform = RandomSpatial(shear=0.2, translate=0.1, flip=(0.5,) * 3, elastic=(5, 2), p_elastic=1, label_padding="border")
+    params = transform.draw(SEEDS, SHAPE, spacing)
+    where = transform.coordinates(params, SHAPE).numpy()
+    out, moved = transform.apply_both(image, label, params)
+    # positions halfway between voxels may round either way
+    clear = (np.abs(where - np.floor(where) - 0.5) > 1e-3).all(axis=1)
+    for b in range(len(image)):
+        expected = ndimage.map_coordinates(image[b, 1].numpy(), where[b], order=1, mode="nearest")
+        np.testing.assert_allclose(out[b, 1].numpy(), expected, atol=2e-4)
+        near = ndimage.map_coordinates(label[b, 0].numpy(), where[b], order=0, mode="nearest")
+        inside = clear[b] & ((where[b] > 0) & (where[b] < np.array(SHAPE)[:, None, None, None] - 1)).all(axis=0)
+        np.testing.assert_array_equal(moved[b, 0].numpy()[inside], near[inside])
+
+
+def test_coordinates_say_what_was_sampled() -> None:
+    ramp = torch.from_numpy(np.indices(SHAPE)).float()[None].expand(6, -1, -1, -1, -1)
+    transform = RandomSpatial(shear=0.1, flip=(0.5,) * 3, elastic=(5, 2), p_affine=0.6, p_elastic=0.6)
+    params = transform.draw(SEEDS, SHAPE)
+    assert not params["warped"].all(), "a seed without interpolation belongs to this test"
+    where = transform.coordinates(params, SHAPE)
+    last = torch.tensor(SHAPE).reshape(3, 1, 1, 1) - 1
+    torch.testing.assert_close(transform.apply(ramp, params), where.clamp(min=0).minimum(last), rtol=0, atol=1e-3)
+    chain = Compose([RandomNoise(), transform])
+    drawn = chain.draw(SEEDS, SHAPE)
+    torch.testing.assert_close(chain.coordinates(drawn, SHAPE), transform.coordinates(drawn[1], SHAPE))
+    with pytest.raises(ValueError):
+        Compose([RandomNoise()]).coordinates(drawn[:1], SHAPE)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_quarter_turn_is_rot90(axis: int) -> None:
+    image, label = volumes(2, (9, 9, 9))
+    ranges: list[float | tuple[float, float]] = [0.0, 0.0, 0.0]
+    ranges[axis] = (90.0, 90.0)
+    out, moved = RandomSpatial(ranges, (1.0, 1.0))(image, torch.tensor([1, 2]), label)
+    plane = [(axis + 1) % 3 + 2, (axis + 2) % 3 + 2]
+    torch.testing.assert_close(out, torch.rot90(image, 1, plane), rtol=0, atol=1e-4)
+    assert torch.equal(moved, torch.rot90(label, 1, plane))
+
+
+def test_flips_alone_are_exact() -> None:
+    image, label = volumes()
+    out, moved = RandomSpatial(flip=(0.0, 1.0, 1.0), p_affine=0)(image, SEEDS, label)
+    assert torch.equal(out, image.flip(3, 4)) and torch.equal(moved, label.flip(3, 4))
+    drawn = RandomSpatial(flip=(0.0, 0.3, 1.0), p_affine=0).draw(torch.arange(3000), SHAPE)["flip"].float().mean(0)
+    torch.testing.assert_close(drawn, torch.tensor([0.0, 0.3, 1.0]), rtol=0, atol=0.03)
+
+
+def test_scale_is_growth() -> None:
+    blob = smooth_blob((32, 32, 32), (15.5, 15.5, 15.5))
+    out = RandomSpatial(0.0, (1.4, 1.4))(blob, torch.tensor([1]))
+    assert abs(out.sum() / blob.sum() / 1.4**3 - 1) < 0.03
+    scale = RandomSpatial(0.0, (0.7, 1.4)).draw(torch.arange(4000), SHAPE)["matrix"][:, 0, 0]
+    assert stats.kstest(-np.log(scale.numpy()), "uniform", (math.log(0.7), math.log(2))).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_the_label_follows_the_image(mode: str) -> None:
+    shape, centre = (32, 30, 28), (18.0, 13.0, 15.0)
+    blob = smooth_blob(shape, centre)
+    image, label = blob.expand(12, -1, -1, -1, -1), (blob > 0.4).to(torch.uint8).expand(12, -1, -1, -1, -1)
+    transform = RandomSpatial(flip=(0.5,) * 3, elastic=(10, 3), p_elastic=0.5, label_mode=mode)  # type: ignore[arg-type]
+    out, moved = transform(image, torch.arange(12), label)
+    grid = np.indices(shape).reshape(3, -1)
+    for x, y in zip(out, moved, strict=True):
+        core = x.flatten().numpy() * (x.flatten().numpy() > 0.4)
+        at = (grid * core).sum(1) / core.sum()
+        label_at = grid[:, y.flatten().numpy() > 0].mean(1)
+        assert np.abs(at - label_at).max() < 0.5
+        agree = 2 * ((x > 0.4) & (y > 0)).sum() / ((x > 0.4).sum() + (y > 0).sum())
+        assert agree > 0.85
+
+
+def test_linear_labels_take_the_largest_share() -> None:
+    _, label = volumes(3)
+    label = ndimage.median_filter(label.numpy(), (1, 1, 3, 3, 3))
+    transform = RandomSpatial(label_mode="linear")
+    params = transform.draw(torch.tensor([1, 2, 3]), SHAPE)
+    target = torch.from_numpy(label)
+    _, moved = transform.apply_both(target.float(), target, params)
+    where = transform.coordinates(params, SHAPE).numpy()
+    for b in range(3):
+        share = np.stack([ndimage.map_coordinates((label[b, 0] == v) * 1.0, where[b], order=1) for v in range(4)])
+        inside = ((where[b] > 0) & (where[b] < np.array(SHAPE)[:, None, None, None] - 1)).all(axis=0)
+        top = np.sort(share, axis=0)
+        inside &= top[-1] - top[-2] > 1e-3
+        np.testing.assert_array_equal(moved[b, 0].numpy()[inside], share.argmax(axis=0)[inside])
+
+
+@given(st.tuples(*[st.floats(0.5, 1.4)] * 3), st.integers(0, 2**60))
+@settings(max_examples=40, deadline=None)
+def test_rotations_are_rigid_in_mm(spacing: tuple[float, float, float], seed: int) -> None:
+    params = RandomSpatial(30.0, (1.0, 1.0)).draw(torch.tensor([seed]), SHAPE, spacing)
+    mm = torch.tensor(spacing)
+    physical = params["matrix"][0] * mm[:, None] / mm
+    torch.testing.assert_close(physical @ physical.T, torch.eye(3), rtol=0, atol=1e-5)
+    assert torch.linalg.det(physical) > 0
+
+
+def test_strongly_anisotropic_volumes_keep_their_slices() -> None:
+    transform = RandomSpatial(shear=0.2, elastic=(8, 3), p_elastic=1, flip=(1.0, 0.0, 0.0))
+    where = transform.coordinates(transform.draw(SEEDS, SHAPE, (5.0, 1.0, 1.0)), SHAPE)
+    slices = torch.arange(SHAPE[0] - 1, -1, -1.0)[:, None, None].expand(*SHAPE)
+    torch.testing.assert_close(where[:, 0], slices.expand(6, -1, -1, -1), rtol=0, atol=1e-4)
+    assert (where[:, 1:].std((2, 3, 4)) > 1).all()
+    mixed = transform.coordinates(transform.draw(SEEDS, SHAPE, (2.5, 1.0, 1.0)), SHAPE)
+    assert ((mixed[:, 0] - slices).abs() > 0.2).any()
+    forced = RandomSpatial(in_plane=True).draw(SEEDS, SHAPE, (1.0, 1.0, 1.2))["matrix"]
+    torch.testing.assert_close(forced[:, 2], torch.tensor([0.0, 0.0, 1.0]).expand(6, -1), rtol=0, atol=1e-6)
+
+
+@given(st.integers(0, 2**60), st.integers(5, 12))
+@settings(max_examples=25, deadline=None)
+def test_elastic_deformation_bends_within_its_bound_and_never_folds(seed: int, distance: int) -> None:
+    most = 0.4 * distance
+    transform = RandomSpatial(elastic=(distance, most), p_affine=0, p_elastic=1)
+    where = transform.coordinates(transform.draw(torch.tensor([seed]), (20, 20, 20)), (20, 20, 20))[0].double()
+    moved = where - torch.from_numpy(np.indices((20, 20, 20)))
+    assert 0 < moved.abs().max() <= most + 1e-4
+    gradient = torch.stack([torch.stack(torch.gradient(where[axis])) for axis in range(3)]).permute(2, 3, 4, 0, 1)
+    assert (torch.linalg.det(gradient) > 0).all()
+
+
+def test_shift_moves_what_is_seen_by_its_fraction() -> None:
+    blob = smooth_blob((20, 20, 20), (10, 10, 10), 1.5)
+    out = RandomSpatial(0.0, (1.0, 1.0), translate=[(0.1, 0.1), (0.0, 0.0), (-0.2, -0.2)])(blob, torch.tensor([0]))
+    torch.testing.assert_close(out, smooth_blob((20, 20, 20), (12, 10, 6), 1.5), rtol=0, atol=1e-3)
+
+
+# chains and presets
+
+
+def test_streams_do_not_depend_on_the_rest_of_the_chain() -> None:
+    noise, gamma = RandomNoise(), RandomGamma()
+    short, long = Compose([noise, gamma]), Compose([RandomBlur(), noise, RandomBiasField(), gamma, gamma])
+    few, many = short.draw(SEEDS, SHAPE), long.draw(SEEDS, SHAPE)
+    assert torch.equal(few[0]["std"], many[1]["std"]) and torch.equal(few[1]["gamma"], many[3]["gamma"])
+    assert not torch.equal(many[3]["gamma"], many[4]["gamma"]), "two of a kind must not draw alike"
+
+
+def test_presets_take_overrides_and_know_the_modality() -> None:
+    off = {f.name: 0.0 for f in dataclasses.fields(StrongAugmentation) if f.name.startswith("p_")}
+    image, label = volumes()
+    out, moved = strong_augmentation(preset=StrongAugmentation(**off))(image, SEEDS, label)  # type: ignore[arg-type]
+    assert torch.equal(out, image) and torch.equal(moved, label)
+    for make in (strong_augmentation, weak_intensity):
+        kinds = [{type(t) for t in make(modality).transforms} for modality in ("MR", "CT")]
+        assert kinds[0] - kinds[1] == {RandomBiasField}
+    weak = weak_intensity(preset=WeakIntensity(p_bias=1, p_noise=1, p_blur=1, p_gamma=1))(image, SEEDS)
+    correlation = np.corrcoef(weak.flatten().numpy(), image.flatten().numpy())[0, 1]
+    assert correlation > 0.8
