@@ -29,27 +29,45 @@ _STAGES = {
 }
 _CONFIGS = tuple(f"{stage.capitalize()}Config" for stage in _STAGES)
 
-__all__ = [*_STAGES, *_CONFIGS]  # noqa: PLE0604
+__all__ = [*_STAGES, *_CONFIGS]
 
 if TYPE_CHECKING:
-    from medcl.checkpoint import export
+    from medcl.checkpoint import export as export
     from medcl.config import (
-        CompareConfig,
-        EvaluateConfig,
-        ExportConfig,
-        FinetuneConfig,
-        PredictConfig,
-        PrepareConfig,
-        PretrainConfig,
-        ReportConfig,
-        ScanConfig,
+        CompareConfig as CompareConfig,
     )
-    from medcl.data.stage import prepare, scan
-    from medcl.downstream.predict import predict
-    from medcl.downstream.stage import finetune
-    from medcl.evaluation.stage import compare, evaluate
-    from medcl.pretext.stage import pretrain
-    from medcl.report.stage import report
+    from medcl.config import (
+        EvaluateConfig as EvaluateConfig,
+    )
+    from medcl.config import (
+        ExportConfig as ExportConfig,
+    )
+    from medcl.config import (
+        FinetuneConfig as FinetuneConfig,
+    )
+    from medcl.config import (
+        PredictConfig as PredictConfig,
+    )
+    from medcl.config import (
+        PrepareConfig as PrepareConfig,
+    )
+    from medcl.config import (
+        PretrainConfig as PretrainConfig,
+    )
+    from medcl.config import (
+        ReportConfig as ReportConfig,
+    )
+    from medcl.config import (
+        ScanConfig as ScanConfig,
+    )
+    from medcl.data.stage import prepare as prepare
+    from medcl.data.stage import scan as scan
+    from medcl.downstream.predict import predict as predict
+    from medcl.downstream.stage import finetune as finetune
+    from medcl.evaluation.stage import compare as compare
+    from medcl.evaluation.stage import evaluate as evaluate
+    from medcl.pretext.stage import pretrain as pretrain
+    from medcl.report.stage import report as report
 
 
 def __getattr__(name: str) -> Any:

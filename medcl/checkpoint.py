@@ -55,8 +55,9 @@ class Contract:
         try:
             spec = dict(data["backbone"])
             spec["strides"] = tuple(tuple(stride) for stride in spec["strides"])
-            fixed = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-            return Contract(**{**fixed, "backbone": BackboneSpec(**spec), "plan": Plan.from_dict(data["plan"], where)})
+            fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            fixed |= {"backbone": BackboneSpec(**spec), "plan": Plan.from_dict(data["plan"], where)}
+            return Contract(**fixed)
         except (KeyError, TypeError, ValueError) as error:
             raise MedclError(f"is damaged ({error!r})", where, "Restore it, or train again.") from None
 

@@ -96,11 +96,21 @@ def _report(run: Path) -> None:
 # name: (what it does, positional arguments, config class, function)
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str, Command]] = {
     "scan": ("what is in a folder of scans, and what is wrong with it", ("source",), "ScanConfig", _scan),
-    "prepare": ("one orientation, spacing and intensity scale, ready for random crops", ("source",), "PrepareConfig", _prepare),
+    "prepare": (
+        "one orientation, spacing and intensity scale, for random crops",
+        ("source",),
+        "PrepareConfig",
+        _prepare,
+    ),
     "pretrain": ("an encoder from unlabelled scans", ("source",), "PretrainConfig", _pretrain),
     "finetune": ("a segmentation network from a few labelled subjects", ("source",), "FinetuneConfig", _finetune),
     "predict": ("label maps on each input's own grid", ("run", "input", "output"), "PredictConfig", _predict),
-    "evaluate": ("Dice and surface distances, with intervals", ("predictions", "reference"), "EvaluateConfig", _evaluate),
+    "evaluate": (
+        "Dice and surface distances, with intervals",
+        ("predictions", "reference"),
+        "EvaluateConfig",
+        _evaluate,
+    ),
     "compare": ("did pretraining help? paired, with intervals", ("runs",), "CompareConfig", _compare),
     "report": ("write the page of a run again", ("run",), "ReportConfig", _report_again),
     "export": ("weights for the plain MONAI class", ("run",), "ExportConfig", _export),
@@ -113,7 +123,7 @@ def usage() -> str:
         [
             "usage: medcl COMMAND ... [--debug]",
             "",
-            "Self-supervised learning on 3D medical images: a folder of scans, a pretrained encoder, few-label results.",
+            "Self-supervised learning on 3D medical images: a folder of scans, an encoder, few-label results.",
             "",
             *lines,
             "",
@@ -139,7 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args[0], args[1:])
     except KeyboardInterrupt:
-        print("medcl: interrupted; what was written is kept, --resume goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "medcl: interrupted; what was written is kept, --resume goes on from the last checkpoint", file=sys.stderr
+        )
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `medcl scan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

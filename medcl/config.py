@@ -82,7 +82,8 @@ class PretrainConfig:
         weight_decay: AdamW weight decay.
         warmup: share of the steps over which the learning rate rises linearly.
         seed: seed of the weights, crops and augmentation.
-        precision: auto, 32, bf16 or 16; auto takes bf16 where the hardware multiplies in it, else 16 on a GPU, 32 on a CPU.
+        precision: auto, 32, bf16 or 16; auto takes bf16 where the hardware multiplies in it, else 16 on a GPU and
+            32 on a CPU.
         accelerator: auto, cpu or gpu.
         checkpoint_every: steps between checkpoints.
         resume: go on from the last checkpoint of `out`.

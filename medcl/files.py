@@ -47,7 +47,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable; some filesystems cannot sync a folder, and then the rename is as durable as they allow."""
+    """Makes a rename durable, as far as the filesystem can sync a folder."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -102,6 +102,8 @@ def sha256(chunks: Callable[[], Iterator[bytes]] | bytes) -> str:
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, read a megabyte at a time."""
     with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else sha256(
-            lambda: iter(lambda: stream.read(1 << 20), b"")
+        return (
+            hashlib.file_digest(stream, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else sha256(lambda: iter(lambda: stream.read(1 << 20), b""))
         )

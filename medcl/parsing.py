@@ -25,7 +25,9 @@ def parse(command: str, positional: Sequence[str], config_name: str, args: list[
 
     kind = getattr(medcl.config, config_name)
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    parser = ArgumentParser(prog=f"medcl {command}", description=(kind.__doc__ or "").split("\n")[0], exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"medcl {command}", description=(kind.__doc__ or "").split("\n")[0], exit_on_error=False
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
     parser.add_class_arguments(kind, as_group=False)
     if any(arg in ("-h", "--help") for arg in args):
@@ -77,7 +79,9 @@ def _named(args: list[str], positional: Sequence[str], fields: dict[str, Any]) -
         return [*([f"--{many[0]}={_as_list(loose)}"] if loose else []), *out]
     if len(loose) > len(positional):
         extra = " ".join(loose[len(positional) :])
-        raise MedclError(f"too many arguments: {extra}", "command line", f"Wanted: {' '.join(p.upper() for p in positional)}.")
+        raise MedclError(
+            f"too many arguments: {extra}", "command line", f"Wanted: {' '.join(p.upper() for p in positional)}."
+        )
     return [f"--{name}={value}" for name, value in zip(positional, loose, strict=False)] + out
 
 

@@ -1,4 +1,4 @@
-"""A run is a folder: config.yaml, plan.json, manifest.json, metrics.csv, checkpoints/, weights/, report.html, log.txt."""
+"""A run is a folder: config, plan, manifest, metrics, checkpoints/, weights/, report.html and log.txt."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def open_run(path: str | Path, config: Any, stage: str, resume: bool = False) ->
         changed = _differences(read_config(run), {"stage": stage, **to_plain(config)})
         if changed:
             raise MedclError(
-                f"was started with another {', '.join(changed)}", run, "Resume with the same settings, or use another --out."
+                f"was started with another {', '.join(changed)}",
+                run,
+                "Resume with the same settings, or use another --out.",
             )
     elif kept.exists():
         raise MedclError("already holds a run", run, "Add --resume to go on with it, or choose another --out.")

@@ -70,7 +70,7 @@ def test_missing_and_surplus_predictions_are_named(tmp_path, data, capsys):
     assert result["n_cases"] == 2
     print_table(result)
     shown = capsys.readouterr().out
-    assert "1 labelled cases have no prediction and are in no mean: b_0" in shown and "front" in shown
+    assert "no prediction, so in no mean, for 1 labelled case: b_0" in shown and "front" in shown
 
 
 def test_subjects_restrict_what_is_scored(tmp_path, data):
@@ -91,7 +91,7 @@ def test_a_missed_class_scores_zero_has_no_distance_and_is_counted(tmp_path, dat
     assert back["dice"]["estimate"] == pytest.approx(2 / 3)
     assert back["hd95"]["n_subjects"] == 2 and back["hd95"]["n_excluded"] == 1
     print_table(result)
-    assert "back is missed in 1 cases" in capsys.readouterr().out
+    assert "back is missed in 1 case:" in capsys.readouterr().out
 
 
 def test_classes_come_from_names_and_references_and_strangers_are_reported(tmp_path):

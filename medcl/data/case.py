@@ -52,7 +52,10 @@ class Case:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Case:
-        fixed = {k: tuple(map(tuple, v)) if k == "affine" else tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        fixed: dict[str, Any] = {
+            k: tuple(map(tuple, v)) if k == "affine" else tuple(v) if isinstance(v, list) else v
+            for k, v in data.items()
+        }
         return Case(**fixed)
 
 

@@ -21,7 +21,9 @@ def random_start(shape: Sequence[int], size: Sequence[int], rng: np.random.Gener
     ]
 
 
-def start_around(voxel: Sequence[int], shape: Sequence[int], size: Sequence[int], rng: np.random.Generator) -> list[int]:
+def start_around(
+    voxel: Sequence[int], shape: Sequence[int], size: Sequence[int], rng: np.random.Generator
+) -> list[int]:
     """First voxel of a crop that contains `voxel` at a random place inside it, kept inside the volume where it fits."""
     starts = []
     for v, extent, n in zip(voxel, shape, size, strict=True):
@@ -40,8 +42,8 @@ class CropDataset(Dataset):
         size: voxels of a crop.
         seed: of the order of volumes and the places.
         labelled: read labels too.
-        foreground: share of the crops that must contain a voxel of a label drawn at random, so that small structures are
-            seen (nnU-Net oversamples a third).
+        foreground: share of the crops that must contain a voxel of a label drawn at random, so that small structures
+            are seen (nnU-Net oversamples a third).
 
     A sample is a dict with `image` (1, X, Y, Z) float32, `label` (1, X, Y, Z) uint8 where asked for, and `seed`.
     """

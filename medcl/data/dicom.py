@@ -19,12 +19,15 @@ from medcl.data.io import LPS_TO_RAS, Header
 from medcl.errors import MedclError
 
 _EXPORT_AGAIN = "Export the whole series again from the archive, or leave it out."
-_TAGS = (
-    "SOPClassUID SOPInstanceUID SeriesInstanceUID StudyInstanceUID PatientID PatientName Modality ImageType InstanceNumber "
-    "SeriesDescription ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel "
-    "PhotometricInterpretation BitsAllocated PixelRepresentation RescaleSlope RescaleIntercept NumberOfFrames "
-    "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
-).split()
+# fmt: off
+_TAGS = [
+    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "PatientName", "Modality",
+    "ImageType", "InstanceNumber", "SeriesDescription", "ImagePositionPatient", "ImageOrientationPatient",
+    "PixelSpacing", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated",
+    "PixelRepresentation", "RescaleSlope", "RescaleIntercept", "NumberOfFrames", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+]
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -323,8 +326,9 @@ def _read(geometry: Geometry, channel: int) -> np.ndarray:
         planes.append(frames[one.path][one.frame].T)
     array = np.stack(planes, axis=2)
     whole = array.dtype.kind in "iu"
-    sheared, uneven = geometry.offsets.any(), array.shape[2] != geometry.shape[2] or (
-        np.abs(geometry.heights - np.arange(len(stack))).max() > 0.1
+    sheared, uneven = (
+        geometry.offsets.any(),
+        array.shape[2] != geometry.shape[2] or (np.abs(geometry.heights - np.arange(len(stack))).max() > 0.1),
     )
     if not sheared and not uneven:
         return array

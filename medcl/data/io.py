@@ -224,13 +224,14 @@ def _open_nifti(path: Path) -> tuple[Header, Any]:
     if not image.header["sform_code"] and not image.header["qform_code"]:
         notes.append("header holds no orientation (sform and qform codes are 0): left and right are a guess")
     if path.suffix.lower() != ".gz":
-        stored = path.stat().st_size - int(image.dataobj.offset)
+        proxy: Any = image.dataobj
+        stored = path.stat().st_size - int(proxy.offset)
         needed = int(np.prod(image.shape, dtype=np.int64)) * image.get_data_dtype().itemsize
         if stored < needed:
             raise MedclError(f"is truncated ({stored} of {needed} bytes of voxels)", path, _COPY_AGAIN)
 
     def load(channel: int | None) -> np.ndarray:
-        proxy = image.dataobj
+        proxy: Any = image.dataobj
         array = np.asanyarray(proxy).reshape(image.shape[:3]) if channel is None else np.asanyarray(proxy[..., channel])
         scaled = array.dtype != image.get_data_dtype()
         return array.astype(np.float32) if scaled and array.dtype == np.float64 else array
@@ -292,7 +293,7 @@ class _told:
             raise MedclError("may not be read (permission denied)", self.path, "Mend its permissions.") from None
         if isinstance(error, MemoryError):
             raise MedclError("does not fit in memory", self.path, "Crop or resample it first.") from None
-        if isinstance(error, EOFError) or "Expected" in text and "bytes" in text or "runcated" in text:
+        if isinstance(error, EOFError) or ("Expected" in text and "bytes" in text) or "runcated" in text:
             raise MedclError("is truncated: the file ends before its voxels do", self.path, _COPY_AGAIN) from None
         if isinstance(error, (zlib.error, gzip.BadGzipFile)):
             raise MedclError("the gzip compression is damaged", self.path, _COPY_AGAIN) from None

@@ -78,9 +78,8 @@ def _finish(layout: Layout) -> Layout:
 
 
 def _missing_label(image: str, label: str) -> Problem:
-    return Problem(
-        label, f"this label map is missing; its image {image} is kept as unlabelled", "Restore it, or ignore this.", False
-    )
+    what = f"this label map is missing; its image {image} is kept as unlabelled"
+    return Problem(label, what, "Restore it, or ignore this.", aside=False)
 
 
 def _orphan(label: str) -> Problem:
@@ -135,8 +134,8 @@ def _msd(root: Path, files: list[str], channel: int | None) -> Layout | None:
         id = plain.rsplit("/", 1)[-1]
         cases.append(_case(image, naming.subject(plain), id, label=label, split=split, modality=modality, notes=notes))
     known = {image for images in groups.values() for image in images}
-    for image in sorted(set(listed) - known):
-        problems.append(Problem(image, "dataset.json names this image, but it is missing", "Restore it or ignore this."))
+    missing = "dataset.json names this image, but it is missing"
+    problems += [Problem(image, missing, "Restore it or ignore this.") for image in sorted(set(listed) - known)]
     problems += [_orphan(label) for label in sorted(set(labels.values()) - used)]
     kind = "nnU-Net" if nnunet else "Medical Segmentation Decathlon"
     rule = (
@@ -252,8 +251,8 @@ def _bids(root: Path, files: list[str], channel: int | None) -> Layout | None:
     skipped = len(files) - len(parsed)
     aside = f"; {skipped} files outside anat folders are passed over" if skipped else ""
     rule = (
-        "BIDS layout: the subject is the sub- entity (all sessions kept together), labels are _dseg or _mask files with "
-        f"the same entities{aside}"
+        "BIDS layout: the subject is the sub- entity (all sessions kept together), labels are _dseg or _mask files "
+        f"with the same entities{aside}"
     )
     return Layout("bids", rule, tuple(cases), _dseg_names(root), tuple(problems))
 
@@ -295,8 +294,8 @@ def _by_names(files: Sequence[str]) -> Layout:
     )
     alone = len(set(subjects.values())) == len(images)
     rule = (
-        "by names: labels by folder (labels, masks, …) or ending (_seg, _mask, …); the subject is the folder named after "
-        "one (sub-1, patient01, …), or the file name without frame, session, side and modality endings"
+        "by names: labels by folder (labels, masks, …) or ending (_seg, _mask, …); the subject is the folder named "
+        "after one (sub-1, patient01, …), or the file name without frame, session, side and modality endings"
     )
     rule += "; here every file is its own subject" if alone and len(images) > 1 else ""
     return Layout("names", rule, cases, problems=tuple(problems))

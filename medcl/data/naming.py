@@ -13,14 +13,14 @@ from pathlib import PurePosixPath
 
 from medcl.data.io import volume_suffix
 
-_LABEL_WORDS = "seg|segs|segmentation|segmentations|label|labels|lbl|mask|masks|gt|groundtruth|annotation|annotations|roi"
-_IMAGE_WORDS = "img|imgs|image|images|vol|volume|volumes|scan|scans"
+_LABEL_WORDS = "segs?|segmentations?|labels?|lbl|masks?|gt|groundtruth|annotations?|roi"
+_IMAGE_WORDS = "imgs?|images?|vol|volumes?|scans?"
 _LABEL_FOLDER = re.compile(rf"^({_LABEL_WORDS}|ground[_-]truth)([_-]?(tr|ts|val|train|test))?$", re.I)
 _IMAGE_FOLDER = re.compile(rf"^({_IMAGE_WORDS}|data)([_-]?(tr|ts|val|train|test))?$", re.I)
 _LABEL_NAME = re.compile(rf"^({_LABEL_WORDS})(?=[_\-.\d]|$)|[_\-.]({_LABEL_WORDS})$", re.I)
 _IMAGE_NAME = re.compile(rf"^({_IMAGE_WORDS})(?=[_\-.\d]|$)|[_\-.]({_IMAGE_WORDS})$", re.I)
 
-_MR = "t1|t1w|t1c|t1n|t1ce|t1gd|t2|t2w|t2f|flair|pd|pdw|dwi|adc|swi|bold|mr|mri|mra|dixon|inphase|outphase|cine|lge|mprage"
+_MR = "t1(w|c|n|ce|gd)?|t2(w|f)?|flair|pdw?|dwi|adc|swi|bold|mr|mri|mra|dixon|inphase|outphase|cine|lge|mprage"
 _CT = "ct|cta|cect|ncct|ldct|cbct"
 _MODALITY = re.compile(rf"^({_MR}|{_CT}|pet)$", re.I)
 _MOMENT = re.compile(
@@ -58,7 +58,7 @@ def _folders(name: str) -> tuple[str, ...]:
 
 
 def is_label(name: str) -> bool:
-    """Whether a file is a label map by its ending (`_seg`, `.seg`, `-label`, …), its start, or its nearest role folder."""
+    """Whether a file is a label map by its ending (`_seg`, `.seg`, `-label`), its start, or its nearest role folder."""
     own = stem(name)
     if _LABEL_NAME.search(own):
         return True
@@ -77,8 +77,12 @@ def pair_key(name: str, loose: bool = False) -> tuple[str, str]:
 
     `loose` also drops modality endings, so that `x_seg` fits `x_t1` and `x_flair`, and nnU-Net's `_0000`.
     """
-    folder = "/".join(re.sub(r"^.*?((tr|ts|val|train|test)?)$", r"\1", part, flags=re.I).lower()
-                      if _LABEL_FOLDER.match(part) or _IMAGE_FOLDER.match(part) else part for part in _folders(name))
+    folder = "/".join(
+        re.sub(r"^.*?((tr|ts|val|train|test)?)$", r"\1", part, flags=re.I).lower()
+        if _LABEL_FOLDER.match(part) or _IMAGE_FOLDER.match(part)
+        else part
+        for part in _folders(name)
+    )
     core = _IMAGE_NAME.sub("", _LABEL_NAME.sub("", stem(name))).strip("_-.")
     if loose:
         if not is_label(name):
@@ -158,9 +162,8 @@ def _persons(names: Sequence[str]) -> dict[str, str]:
 
 
 def _says_nothing(folder: str) -> bool:
-    return bool(
-        _GENERIC_FOLDER.match(folder) or _LABEL_FOLDER.match(folder) or _IMAGE_FOLDER.match(folder) or not _person(folder)
-    )
+    generic = any(kind.match(folder) for kind in (_GENERIC_FOLDER, _LABEL_FOLDER, _IMAGE_FOLDER))
+    return generic or not _person(folder)
 
 
 def modality(name: str) -> str:

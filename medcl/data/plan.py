@@ -91,7 +91,7 @@ class Plan:
             if key not in known:
                 raise MedclError(f"unknown key {key!r}", where, nearest(key, known))
         try:
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
             values["strides"] = tuple(tuple(int(s) for s in stride) for stride in data["strides"])
             values["labels"] = {int(value): str(name) for value, name in data["labels"].items()}
             plan = Plan(**values)
@@ -142,17 +142,18 @@ def target_spacing(spacings: np.ndarray) -> np.ndarray:
 
 def patch_for(volume: Sequence[float], spacing: Sequence[float], budget: int) -> list[int]:
     """The patch nearest to a cube in mm, no larger than the volume, of at most `budget` voxels."""
-    volume, spacing = np.asarray(volume, float), np.asarray(spacing, float)
-    low, high = 0.0, float((volume * spacing).max())
+    extent, step = np.asarray(volume, float), np.asarray(spacing, float)
+    low, high = 0.0, float((extent * step).max())
     for _ in range(50):
         side = (low + high) / 2
-        low, high = (side, high) if np.minimum(volume, side / spacing).prod() <= budget else (low, side)
-    return [max(4, round(n)) for n in np.minimum(volume, high / spacing)]
+        low, high = (side, high) if np.minimum(extent, side / step).prod() <= budget else (low, side)
+    return [max(4, round(n)) for n in np.minimum(extent, high / step)]
 
 
 def strides_for(patch: Sequence[int], spacing: Sequence[float]) -> tuple[Triple, ...]:
     """Halves, level by level, the axes that still have voxels to halve and are not coarser than the finest by 2."""
-    size, step, strides = list(patch), list(spacing), []
+    size, step = list(patch), list(spacing)
+    strides: list[Triple] = []
     while len(strides) < MAX_STRIDES:
         able = [n >= SMALLEST_EDGE for n in size]
         if not any(able):
@@ -189,14 +190,16 @@ def derive_plan(
     modalities = {case.modality for case in manifest.cases} - {"unknown"}
     if len(modalities) > 1:
         raise MedclError(
-            "CT and MR volumes mixed", manifest.root, "Scan them as two folders, or edit manifest.json: one plan fits one."
+            "CT and MR volumes mixed",
+            manifest.root,
+            "Scan them as two folders, or edit manifest.json: one plan fits one.",
         )
     modality = next(iter(modalities), "unknown")
     axes = [canonical_axes(case) for case in manifest.cases]
     shapes, spacings = np.array([a[0] for a in axes]), np.array([a[1] for a in axes])
     target = np.asarray(spacing, float) if spacing else target_spacing(spacings)
     volume = np.maximum(np.round(np.median(shapes * spacings / target, axis=0)), 1)
-    patch = patch_for(volume, target, PATCH_VOXELS[device])
+    patch = patch_for(volume.tolist(), target.tolist(), PATCH_VOXELS[device])
     strides = strides_for(patch, list(target))
     mm = [round(float(s), 4) for s in target]
     plan = Plan(

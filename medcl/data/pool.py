@@ -53,7 +53,7 @@ def map_safely(
 
 
 def _can_spawn() -> bool:
-    """Whether a new process comes up at all: not from a script that lacks `if __name__ == "__main__"`, or from stdin."""
+    """Whether a new process comes up at all: not from stdin, nor from a script without a main guard."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(available_cores).result() > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +87,7 @@ def prepare_image(canonical: Volume, plan: Plan) -> PreparedImage:
     start, stop = foreground_box(array > threshold)
     cropped = array[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
     extent = np.asarray(cropped.shape) * canonical.spacing
-    shape = np.maximum(np.round(extent / plan.spacing), 1).astype(int)
+    shape = np.maximum(np.round(extent / plan.spacing), 1).astype(int).tolist()
     image = np.clip(resample_linear(np.clip(cropped, low, high), shape), low, high)
     if plan.normalise == "ct":
         image = 2 * (image - low) / (high - low) - 1
@@ -174,8 +175,6 @@ def prepare_case(manifest: Manifest, case: Case, plan: Plan, path: Path) -> None
 
 def _voxel_hash(voxels: np.ndarray) -> str:
     """Hash of the voxel values in RAS order: the same whatever the header, the type or the compression."""
-    import hashlib
-
     return hashlib.sha256(repr(voxels.shape).encode() + voxels.tobytes()).hexdigest()
 
 
@@ -233,8 +232,6 @@ def _key(manifest: Manifest, case: Case, plan: Plan, contents: ContentKeys) -> s
         "image": [contents.of(path) for path in manifest.image_paths(case)],
         "label": None if label is None else contents.of(label),
     }
-    import hashlib
-
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -283,9 +280,9 @@ def prepare(
     finished = _run(manifest, plan, missing, workers or os.cpu_count() or 1)
     if missing and progress:
         finished = progress(finished, len(missing), "prepare")
-    for case, error in finished:
-        if error is not None:
-            problems.append(_problem(case, error))
+    for case, failure in finished:
+        if failure is not None:
+            problems.append(_problem(case, failure))
             del paths[case.id]
     kept = tuple(case for case in manifest.cases if case.id in paths)
     if not kept:

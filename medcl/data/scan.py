@@ -5,23 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from medcl.data import checks, dicom, layouts
 from medcl.data.case import Case, Manifest, Problem
-from medcl.data.io import SUFFIXES, Volume, pick_channel, read_header, read_volume, volume_suffix
+from medcl.data.io import SUFFIXES, Header, Volume, pick_channel, read_header, read_volume, volume_suffix
 from medcl.data.pool import map_safely
 from medcl.data.summary import print_summary, summary_dict
+from medcl.data.twins import without_twins
 from medcl.errors import MedclError
 
 __all__ = ["print_summary", "scan", "summary_dict"]
 
 _LOOKED_FOR = f"Looked for {', '.join(SUFFIXES)} and DICOM files; give the folder that holds the scans."
+_Read = tuple[list[dicom.Slice], list[Problem]]
 _MEDIAN_FROM = 1 << 22  # voxels; of larger volumes the median is taken over every n-th voxel
 
 
@@ -59,7 +60,8 @@ def scan(
     tasks = [(root, case, channel, voxels) for case in cases]
     failed = [_Result(None, (_crashed(case),)) for case in cases]
     results = map_safely(_inspect, tasks, failed, workers, "Reading volumes" if progress else None)
-    kept, twins = _without_twins(root, results, found.volumes)
+    read = [(result.case, result.digest) for result in results if result.case is not None]
+    kept, twins = without_twins(root, read, found.volumes)
     rule = layout.rule if layout.cases or not series else ""
     if series:
         told = "DICOM: one case per series, the subject is the hashed patient number"
@@ -132,9 +134,8 @@ def _walk(root: Path, problems: list[Problem]) -> Iterator[tuple[str, os.DirEntr
                     except OSError as error:
                         problems.append(Problem(path, f"cannot be read ({error.strerror})", "Mend its permissions."))
         except OSError as error:
-            problems.append(
-                Problem(folder, f"the folder cannot be read ({error.strerror})", "Mend its permissions; it was passed over.")
-            )
+            what = f"the folder cannot be read ({error.strerror})"
+            problems.append(Problem(folder, what, "Mend its permissions; it was passed over."))
 
 
 def _may_be_dicom(name: str) -> bool:
@@ -162,7 +163,7 @@ def _crashed(case: Case) -> Problem:
 
 def _series(root: Path, files: Sequence[str], workers: int | None, progress: bool) -> tuple[list[Case], list[Problem]]:
     """The DICOM series among the files, grouped by SeriesInstanceUID wherever the files lie."""
-    failed = [([], [Problem(file, "reading it crashed the reader", "Leave it out.")]) for file in files]
+    failed: list[_Read] = [([], [Problem(file, "reading it crashed the reader", "Leave it out.")]) for file in files]
     tasks = [(root, file) for file in files]
     read = map_safely(_read_slices, tasks, failed, workers, "Reading DICOM headers" if progress else None)
     problems = [problem for _, told in read for problem in told]
@@ -197,7 +198,7 @@ def _series(root: Path, files: Sequence[str], workers: int | None, progress: boo
     return cases, problems
 
 
-def _read_slices(task: tuple[Path, str]) -> tuple[list[dicom.Slice], list[Problem]]:
+def _read_slices(task: tuple[Path, str]) -> _Read:
     root, file = task
     path = root / file
     named = path.suffix.lower() in (".dcm", ".ima", ".dicom")
@@ -230,7 +231,7 @@ def _inspect(task: tuple[Path, Case, int | None, bool]) -> _Result:
         notes = (*case.notes, *header.notes)
         if taken is not None:
             notes += (f"channel {taken} of {header.shape[3]}",)
-        image = Volume(np.broadcast_to(np.zeros(1, np.uint8), header.shape[:3]), header.affine)
+        image = _blank(header)
         digest, intensity = "", None
         if voxels:
             image = read_volume(paths, taken)
@@ -259,13 +260,17 @@ def _inspect(task: tuple[Path, Case, int | None, bool]) -> _Result:
         else:
             label = read_header([path])
             pick_channel(label, None, path)
-            checks.check_grid(replace(image, array=np.broadcast_to(image.array.flat[0], label.shape), affine=label.affine),
-                              image, path)
+            checks.check_grid(_blank(label), image, path)
     except Exception as error:
         problem = _told(root, error, case.label)
         told = replace(problem, what=f"{problem.what}; its image {case.image[0]} is kept as unlabelled")
         return _Result(replace(case, label=None), (told,), digest)
     return _Result(case, (), digest)
+
+
+def _blank(header: Header) -> Volume:
+    """A volume of the header's grid that takes no memory."""
+    return Volume(np.broadcast_to(np.uint8(0), header.shape[:3]), header.affine)
 
 
 def _told(root: Path, error: Exception, path: str) -> Problem:
@@ -294,49 +299,3 @@ def _modality(header: str, layout: str, intensity: Sequence[float] | None) -> st
     if layout != "unknown":
         return layout
     return "CT" if intensity is not None and intensity[0] <= -500 else "unknown"
-
-
-def _without_twins(root: Path, results: Iterable[_Result], sizes: dict[str, int]) -> tuple[list[Case], list[Problem]]:
-    """Keeps one of every set of identical volumes, so that no two can sit in two splits.
-
-    Identical are equal voxels where they were read, else equal bytes; bytes are compared among files of one size only,
-    and in full only where a few samples agree.
-    """
-    kept = [(result.case, result.digest) for result in results if result.case is not None]
-    groups = [[(case, digest) for case, digest in kept]]
-    for key in (
-        lambda case, digest: digest or sizes.get(case.image[0], case.id),
-        lambda case, digest: digest or _bytes_digest(root / case.image[0], sample=True),
-        lambda case, digest: digest or _bytes_digest(root / case.image[0], sample=False),
-    ):
-        groups = [part for group in groups for part in _split(group, key) if len(part) > 1]
-    twins, problems = set(), []
-    for group in groups:
-        first, *others = sorted((case for case, _ in group), key=lambda case: (case.label is None, case.id))
-        for other in others:
-            twins.add(other.id)
-            people = "" if other.subject == first.subject else f" although one is subject {first.subject}, the other {other.subject}"
-            what = f"holds the same image as {first.image[0]}{people}"
-            problems.append(Problem(other.image[0], what, f"{first.image[0]} is used; delete one of the two."))
-    return [case for case, _ in kept if case.id not in twins], problems
-
-
-def _split(group: list[Any], key: Callable[..., object]) -> list[list[Any]]:
-    parts: dict[object, list[Any]] = defaultdict(list)
-    for item in group:
-        parts[key(*item)].append(item)
-    return list(parts.values())
-
-
-def _bytes_digest(path: Path, sample: bool) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        if sample:
-            size = os.fstat(stream.fileno()).st_size
-            for place in (0, size // 2, max(0, size - 4096)):
-                stream.seek(place)
-                digest.update(stream.read(4096))
-        else:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()

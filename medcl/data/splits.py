@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from medcl.data.case import Case, Manifest
 from medcl.errors import MedclError
@@ -37,8 +38,8 @@ class Split:
 
     @staticmethod
     def load(path: str | Path) -> Split:
-        data = read_json(path)
-        return Split(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        data: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(path).items()}
+        return Split(**data)
 
 
 def ranked(subjects: Iterable[str], key: str) -> list[str]:
@@ -90,7 +91,9 @@ def draw_labelled(split: Split, manifest: Manifest, labels: str, draw: int = 0) 
     """
     able = ranked({c.subject for c in manifest.labelled} & set(split.train), f"draw {split.seed} {draw}")
     if not able:
-        raise MedclError("no labelled subject to train with", manifest.root, "See `medcl scan` for how labels are found.")
+        raise MedclError(
+            "no labelled subject to train with", manifest.root, "See `medcl scan` for how labels are found."
+        )
     if labels == "all":
         count = len(able)
     else:

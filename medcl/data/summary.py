@@ -86,7 +86,8 @@ def print_summary(manifest: Manifest, console: Console | None = None) -> None:
             table.add_row(name, ", ".join(f"{key} {count}" for key, count in facts[name].items()))
     for name, unit in (("shape", ""), ("spacing_mm", " mm")):
         if facts[name]:
-            table.add_row(name.removesuffix("_mm"), "\n".join(_line(key, row, unit) for key, row in facts[name].items()))
+            lines = [_line(key, row, unit) for key, row in facts[name].items()]
+            table.add_row(name.removesuffix("_mm"), "\n".join(lines))
     if facts["intensity"]:
         low, middle, high = (f"{facts['intensity'][key]:.6g}" for key in ("min", "median", "max"))
         table.add_row("intensity", f"{low} to {high}, median {middle}")

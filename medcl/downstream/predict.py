@@ -34,7 +34,12 @@ class Predictor:
     """
 
     def __init__(
-        self, run: str | Path, accelerator: str = "auto", precision: str = "auto", overlap: float = 0.5, mirror: bool = False
+        self,
+        run: str | Path,
+        accelerator: str = "auto",
+        precision: str = "auto",
+        overlap: float = 0.5,
+        mirror: bool = False,
     ):
         if not 0 <= overlap < 1:
             raise MedclError(f"{overlap} is not a share", "--overlap", "Give 0 or more and less than 1.")
@@ -44,7 +49,9 @@ class Predictor:
         self.backbone: Backbone
         self.contract, self.backbone = rebuild(run)
         if self.contract.kind != "segmentation":
-            raise MedclError("holds a pretrained encoder, not a segmentation network", run, "Run `medcl finetune` first.")
+            raise MedclError(
+                "holds a pretrained encoder, not a segmentation network", run, "Run `medcl finetune` first."
+            )
         self.backbone.eval().to("cuda" if self.accelerator == "gpu" else "cpu")
         self.overlap, self.mirror = overlap, mirror
         self.patch = round_up(self.contract.plan.patch_size, self.backbone.multiple)
@@ -96,7 +103,12 @@ def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, .
     tell_problems(manifest.with_cases(cases, tuple(problems)), before=len(manifest.problems))
     if len(problems) == len(cases):
         raise MedclError("no volume could be predicted", manifest.root, "See the problems above.")
-    log.info("%d label maps in %s%s.", len(cases) - len(problems), out, f", {len(problems)} volumes skipped" if problems else "")
+    log.info(
+        "%d label maps in %s%s.",
+        len(cases) - len(problems),
+        out,
+        f", {len(problems)} volumes skipped" if problems else "",
+    )
     return out
 
 
@@ -108,5 +120,7 @@ def chosen_cases(manifest: Manifest, config: PredictConfig) -> tuple[Case, ...]:
         raise MedclError(f"unknown part {config.subjects!r}", "--subjects", "Use all, train, val or test.")
     cases = cases_of(manifest, getattr(Split.load(Path(config.run) / "split.json"), config.subjects))
     if not cases:
-        raise MedclError(f"holds no {config.subjects} subject of the run", manifest.root, "Predict the folder it was trained on.")
+        raise MedclError(
+            f"holds no {config.subjects} subject of the run", manifest.root, "Predict the folder it was trained on."
+        )
     return cases

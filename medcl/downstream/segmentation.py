@@ -121,13 +121,18 @@ def class_scores(
     for flips in axes:
         with autocast(precision, accelerator):
             logits = sliding_window_inference(
-                volume.flip(flips), tuple(patch), 4 if accelerator == "gpu" else 1, backbone, overlap=overlap, mode="gaussian"
+                volume.flip(flips),
+                tuple(patch),
+                4 if accelerator == "gpu" else 1,
+                backbone,
+                overlap=overlap,
+                mode="gaussian",
             )
         scores = torch.softmax(logits.float(), dim=1).flip(flips)  # type: ignore[union-attr]
         total = scores if total is None else total + scores
     assert total is not None
-    inside = tuple(slice(a, a + n) for (a, _), n in zip(pads, image.shape, strict=True))
-    return (total / len(axes))[0][(slice(None), *inside)].cpu().numpy()
+    x, y, z = (slice(a, a + n) for (a, _), n in zip(pads, image.shape, strict=True))
+    return (total / len(axes))[0, :, x, y, z].cpu().numpy()
 
 
 class Validate(Callback):
@@ -142,7 +147,13 @@ class Validate(Callback):
     """
 
     def __init__(
-        self, volumes: Sequence[tuple[str, Path]], patch: Sequence[int], every: int, precision: str, accelerator: str, keep: Any
+        self,
+        volumes: Sequence[tuple[str, Path]],
+        patch: Sequence[int],
+        every: int,
+        precision: str,
+        accelerator: str,
+        keep: Any,
     ):
         self.volumes, self.patch, self.every, self.keep = volumes, patch, every, keep
         self.precision, self.accelerator = precision, accelerator

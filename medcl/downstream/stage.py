@@ -69,9 +69,15 @@ def finetune(config: FinetuneConfig) -> Path:
     val = [(item.case.subject, item.path) for item in stored if item.case.subject in split.val]
     if not train:
         raise MedclError("none of the drawn labelled volumes can be used", config.source, "See the problems above.")
-    log.info("Training on %d labelled volumes of %d subjects (draw %d: %s), validating on %d of %d; %d subjects for test.",
-             len(train), len(split.labelled), config.draw, ", ".join(split.labelled[:8]), len(val), len(split.val),
-             len(split.test))  # fmt: skip
+    drawn = ", ".join(split.labelled[:8]) + (", ..." if len(split.labelled) > 8 else "")
+    log.info(
+        "Training on %d volumes of %d labelled subjects (draw %d: %s).",
+        len(train),
+        len(split.labelled),
+        config.draw,
+        drawn,
+    )
+    log.info("Validating on %d volumes; %d subjects are kept for test.", len(val), len(split.test))
     if not val:
         log.info("No subject is left to validate on: the last weights are kept.")
 
@@ -95,7 +101,9 @@ def finetune(config: FinetuneConfig) -> Path:
     if trainer.interrupted:
         raise KeyboardInterrupt
     facts = {"best_step": validate.best_step, "val_dice": validate.best if val else None}
-    write_provenance(run, began, accelerator=accelerator, precision=precision, seed=config.seed, resumed_at=first, **facts)
+    write_provenance(
+        run, began, accelerator=accelerator, precision=precision, seed=config.seed, resumed_at=first, **facts
+    )
     if val:
         log.info("Best validation Dice %.3f at step %d.", validate.best, validate.best_step)
     log.info("Network in %s after %s.", run / "weights", hours(time.monotonic() - began))
@@ -148,7 +156,9 @@ def label_values(manifest: Manifest, plan: Plan) -> tuple[int, ...]:
             continue  # told when the case is prepared
     values = tuple(sorted(v for v in found if 0 < v < 256))
     if not values:
-        raise MedclError("the label maps hold no foreground", manifest.root, "Check which files are labels: `medcl scan`.")
+        raise MedclError(
+            "the label maps hold no foreground", manifest.root, "Check which files are labels: `medcl scan`."
+        )
     return values
 
 

@@ -19,7 +19,7 @@ from medcl.data.io import Volume, read_volume, to_canonical, volume_suffix
 from medcl.errors import MedclError
 from medcl.evaluation import statistics
 from medcl.evaluation.metrics import MEASURES, OUTCOMES, segmentation_scores
-from medcl.evaluation.statistics import Interval, bootstrap_mean
+from medcl.evaluation.statistics import Interval, bootstrap_mean, counted
 from medcl.files import read_json, write_json, write_text
 
 EVALUATION_VERSION = 1
@@ -199,16 +199,18 @@ def notices(result: Mapping[str, Any]) -> list[str]:
     """Whatever should keep a reader from taking the means at face value, a sentence each."""
     lines = []
     if missing := result["missing_predictions"]:
-        lines.append(f"{len(missing)} labelled cases have no prediction and are in no mean: {_listed(missing)}")
+        lines.append(f"no prediction, so in no mean, for {counted(len(missing), 'labelled case')}: {_listed(missing)}")
     if extra := result["predictions_without_reference"]:
-        lines.append(f"{len(extra)} predictions have no reference among the cases scored: {_listed(extra)}")
+        lines.append(f"no reference among the cases scored for {counted(len(extra), 'prediction')}: {_listed(extra)}")
     for value, count in result["classes_only_predicted"].items():
-        lines.append(f"class {value} is predicted in {count} cases but no reference holds it: it is not scored")
+        lines.append(
+            f"class {value} is predicted in {counted(count, 'case')} but no reference holds it: it is not scored"
+        )
     for entry in result["classes"]:
         for outcome in ("missed", "invented"):
             if count := entry["outcomes"][outcome]:
-                told = "Dice and NSD count them as 0, HD95 leaves them out"
-                lines.append(f"{entry['name']} is {outcome} in {count} cases: {told}")
+                told = "Dice and NSD are 0 there, HD95 is left out"
+                lines.append(f"{entry['name']} is {outcome} in {counted(count, 'case')}: {told}")
     return lines
 
 

@@ -43,7 +43,9 @@ def _evaluate_run(run: Path, config: EvaluateConfig) -> dict[str, Any]:
     trained = read_config(run)
     if trained.get("stage") != "finetune":
         raise MedclError("is not the run of a fine-tuning", run, "Evaluate what `medcl finetune` wrote.")
-    manifest = load_source(config.reference, config.channel) if config.reference else Manifest.load(run / "manifest.json")
+    manifest = (
+        load_source(config.reference, config.channel) if config.reference else Manifest.load(run / "manifest.json")
+    )
     split = Split.load(run / "split.json")
     cases = cases_of(manifest, split.test, labelled=True)
     if not cases:

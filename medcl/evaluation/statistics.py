@@ -101,7 +101,7 @@ class PairedDifference:
         """
         measure, (a, b) = MEASURES[metric], names
         interval, verdict = self.interval, self.verdict(MEASURES[metric].higher_is_better)
-        draws, subjects = _plural(interval.n_draws, "draw"), _plural(interval.n_subjects, "subject")
+        draws, subjects = counted(interval.n_draws, "draw"), counted(interval.n_subjects, "subject")
         if not math.isfinite(interval.estimate):
             return f"{a} and {b} share no test subject with a {measure.title} value, so nothing can be said"
         numbers = f"{format_difference(interval, measure)}, {format_p(self.p)}, {draws} x {subjects}"
@@ -245,7 +245,8 @@ def _with_ends(text: str, interval: Interval, measure: Measure) -> str:
     return f"{text} [{low}, {high}]"
 
 
-def _plural(n: int, noun: str) -> str:
+def counted(n: int, noun: str) -> str:
+    """`1 case`, `2 cases`."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 

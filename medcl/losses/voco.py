@@ -81,7 +81,8 @@ def teacher_loss(
         labels: overlap shares, (B, K, n).
 
     Returns:
-        `loss` and its parts, and the mean prediction on overlapping and on other pairs (what a collapse shows in first).
+        `loss` and its parts, and the mean prediction on overlapping and on other pairs (a collapse shows there
+        first).
     """
     predicted = 0.5 * (
         similarities(student_crops, teacher_bases.detach()) + similarities(teacher_crops.detach(), student_bases)
@@ -90,5 +91,8 @@ def teacher_loss(
     with torch.no_grad():
         positive = labels > 0
         apart = predicted[~positive]
-        gap = {"similarity_pos": predicted[positive].mean(), "similarity_neg": apart.mean() if apart.numel() else apart.sum()}
+        gap = {
+            "similarity_pos": predicted[positive].mean(),
+            "similarity_neg": apart.mean() if apart.numel() else apart.sum(),
+        }
     return {"loss": predict + regularise, "predict": predict, "regularise": regularise, **gap}

@@ -259,7 +259,7 @@ class DynUNetBackbone(Backbone):
 
 
 class SwinUNETRBackbone(Backbone):
-    """MONAI's `SwinUNETR`. Every axis must be a multiple of 32; below 64 voxels an axis it has too little to attend to."""
+    """MONAI's `SwinUNETR`. Every axis must be a multiple of 32, and 64 voxels are the least it learns from."""
 
     default_width = 24
 

@@ -29,7 +29,8 @@ class MomentumTeacher(nn.Module):
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student; buffers are copied."""
-        mine, theirs = list(self.module.parameters()), [p.detach() for p in student.parameters()]
+        mine: list[torch.Tensor] = list(self.module.parameters())
+        theirs = [p.detach() for p in student.parameters()]
         torch._foreach_lerp_(mine, theirs, 1 - momentum)
         for kept, new in zip(self.module.buffers(), student.buffers(), strict=True):
             kept.copy_(new)

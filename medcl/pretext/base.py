@@ -40,7 +40,7 @@ class PretextTask(nn.Module, ABC):
 
     @abstractmethod
     def views(self, volume: Tensor, seeds: Tensor) -> dict[str, Tensor]:
-        """Views of a batch of read volumes (B, 1, *read_size); a pure function of them and of each sample's seed (B,)."""
+        """Views of a batch of read volumes (B, 1, *read_size); a pure function of them and of the seeds (B,)."""
 
     @abstractmethod
     def loss(self, views: dict[str, Tensor]) -> dict[str, Tensor]:

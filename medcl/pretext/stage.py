@@ -49,7 +49,11 @@ class PretextModule(pl.LightningModule):
 
     def train_dataloader(self) -> Any:
         batches = StepBatches(
-            self.config.batch_size, self.trainer.global_step, self.config.steps, self.global_rank, self.trainer.world_size
+            self.config.batch_size,
+            self.trainer.global_step,
+            self.config.steps,
+            self.global_rank,
+            self.trainer.world_size,
         )
         return crop_loader(self.dataset, batches, self.config.workers, pin=self.device.type == "cuda")
 
@@ -118,8 +122,11 @@ def pretrain(config: PretrainConfig) -> Path:
     log.info("%s on %s (encoder of %.1f M parameters), %s, %s: %s.",
              config.task, config.backbone, size, accelerator, precision, task.describe())  # fmt: skip
     seconds = timed_step(module, accelerator, precision)
-    log.info("About %s for %d steps at %.2f s a step, %.1f GiB of memory so far.",
-             hours(seconds * (config.steps - first)), config.steps - first, seconds, peak_memory(accelerator))  # fmt: skip
+    left_over = config.steps - first
+    log.info(
+        "About %s for %d steps at %.2f s each; peak memory %.1f GiB.",
+        hours(seconds * left_over), left_over, seconds, peak_memory(accelerator),
+    )  # fmt: skip
     trainer = trainer_for(
         run, steps=config.steps, accelerator=accelerator, precision=precision, seed=config.seed,
         every=config.checkpoint_every, title=f"pretrain {config.task}", resume_step=first,

@@ -71,9 +71,7 @@ class VoCo(PretextTask):
         x, y, z = (n * g for n, g in zip(self.crop_size, self.grid, strict=True))
         self.read_size = (x, y, z)
         width = sum(backbone.channels)
-        self.projection_head = ProjectionHead(
-            width, chosen.hidden, chosen.embedding, dropout=chosen.feature_dropout
-        )
+        self.projection_head = ProjectionHead(width, chosen.hidden, chosen.embedding, dropout=chosen.feature_dropout)
         self.teacher = MomentumTeacher(nn.ModuleDict({"backbone": backbone, "head": self.projection_head}))
         self._intensity = weak_intensity(plan.modality, plan.spacing) if chosen.intensity else None
 
@@ -141,7 +139,8 @@ def base_grid(
         finest = min(plan.spacing)
         halves = [(n // 2) // m * m for n, m in zip(volume, multiple, strict=True)]
         able = [
-            half >= 2 * m and step < THICK * finest for half, m, step in zip(halves, multiple, plan.spacing, strict=True)
+            half >= 2 * m and step < THICK * finest
+            for half, m, step in zip(halves, multiple, plan.spacing, strict=True)
         ]
         # a crop as near to a cube in mm as the axes allow
         side = min((h * s for h, s, ok in zip(halves, plan.spacing, able, strict=True) if ok), default=0.0)

@@ -83,7 +83,7 @@ def what_was_read(manifest: Manifest | None, split: Mapping[str, Sequence[str]])
     cases = manifest.cases
     by_part = ", ".join(f"{len(subjects)} {part}" for part, subjects in split.items() if isinstance(subjects, list))
     known = {
-        "volumes": f"{len(cases)} of {len(manifest.subjects)} subjects, {len(manifest.labelled)} with a label map",
+        "volumes": f"{len(cases)}, of {len(manifest.subjects)} subjects; {len(manifest.labelled)} have a label map",
         "subjects by part": by_part,
         "layout": manifest.layout,
         "how subjects were told": html.without_files(manifest.rule),
