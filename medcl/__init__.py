@@ -24,10 +24,10 @@ _STAGES = {
     "predict": "medcl.downstream.predict",
     "evaluate": "medcl.evaluation.stage",
     "compare": "medcl.evaluation.stage",
-    "report": "medcl.report.stage",
+    "write_report": "medcl.report.stage",
     "export": "medcl.checkpoint",
 }
-_CONFIGS = tuple(f"{stage.capitalize()}Config" for stage in _STAGES)
+_CONFIGS = tuple(f"{stage.split('_')[-1].capitalize()}Config" for stage in _STAGES)
 
 __all__ = [*_STAGES, *_CONFIGS]
 
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from medcl.evaluation.stage import compare as compare
     from medcl.evaluation.stage import evaluate as evaluate
     from medcl.pretext.stage import pretrain as pretrain
-    from medcl.report.stage import report as report
+    from medcl.report.stage import write_report as write_report
 
 
 def __getattr__(name: str) -> Any:

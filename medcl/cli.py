@@ -88,9 +88,9 @@ def _export(config: Any) -> None:
 
 def _report(run: Path) -> None:
     from medcl.config import ReportConfig
-    from medcl.report.stage import report
+    from medcl.report.stage import write_report
 
-    print(f"Report: {report(ReportConfig(str(run)))}")
+    print(f"Report: {write_report(ReportConfig(str(run)))}")
 
 
 # name: (what it does, positional arguments, config class, function)

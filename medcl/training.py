@@ -172,7 +172,9 @@ class Progress(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         step = trainer.global_step
-        shown = {k: float(v) for k, v in trainer.callback_metrics.items() if k in ("loss", "lr", "val_dice")}
+        shown = {k: float(v) for k, v in trainer.callback_metrics.items() if k in ("loss", "lr")}
+        if getattr(module, "last_dice", None) is not None:
+            shown["val_dice"] = float(module.last_dice)  # type: ignore[arg-type]
         note = "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
         if self._bar is not None:
             self._bar.update(0, completed=step, note=note)

@@ -243,6 +243,14 @@ def test_what_is_not_a_paired_comparison_is_refused(tmp_path, name, changes, tol
     assert told in refused(compare, arms[:1], arms[1:], tmp_path / "out")
 
 
+def test_draws_tested_on_other_subjects_are_refused(tmp_path):
+    data = make_data(tmp_path / "data", ["a", "b"])
+    arms = [[make_run(tmp_path / f"{arm}{d}", data, draw=d) for d in range(2)] for arm in "pq"]
+    for runs in arms:
+        edit(runs[1], "split.json", test=["a"])
+    assert "other test subjects" in refused(compare, *arms, tmp_path / "out")
+
+
 def test_runs_that_cannot_be_compared_are_refused(study, tmp_path):
     data, good, poor = study
     assert "is draw 0, and so is" in refused(compare, [good[0], good[0]], poor, tmp_path)

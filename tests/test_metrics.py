@@ -156,6 +156,12 @@ def test_distances_scale_with_the_voxels(seed, spacing, factor):
     np.testing.assert_allclose(small[0] * factor, large[0], rtol=1e-9)
 
 
+def test_a_distance_equal_to_the_tolerance_is_within_it_whatever_the_rounding():
+    first, second = box((9, 3, 3), (0, 0, 0), (1, 3, 3)), box((9, 3, 3), (3, 0, 0), (4, 3, 3))
+    (row,) = segmentation_scores(first, second, ONE, (0.1, 1, 1), tolerance_mm=0.3)  # 3 * 0.1 > 0.3 in floating point
+    assert row["nsd"] == 1.0
+
+
 def test_a_perfect_prediction_scores_perfectly():
     mask = blob(0).astype(int)
     (row,) = segmentation_scores(mask, mask, ONE, (1, 2, 3), tolerance_mm=0)

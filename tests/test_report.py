@@ -160,7 +160,7 @@ def test_comparison_report_opens_with_the_sentence(comparison):
     sentence = result["sentence"].replace("<", "&lt;")
     assert headline[1].replace("\N{NO-BREAK SPACE}", " ").lower() == f"{sentence}.".lower()
     assert page.sections() == [
-        "The difference", "The numbers", "Largest gain, median and largest loss", "How it was measured",
+        "The difference", "The numbers", "Largest, median and smallest difference", "How it was measured",
     ]  # fmt: skip
     assert len(page.images) == 6 and "Test subjects: 7." in page.text
 

@@ -134,6 +134,9 @@ def test_exact_p_equals_listing_every_sign_pattern():
     assert sign_flip_p(differences) == (pytest.approx(expected), True)
     assert sign_flip_p([0.1] * 6)[0] == pytest.approx(2 / 64)  # rounding must not lose the tie with itself
     assert sign_flip_p([0.0] * 6)[0] == 1.0
+    for tied in itertools.permutations([0.1, 0.2, -0.3]):  # a zero sum is never extreme, whatever its rounding
+        assert sign_flip_p(tied)[0] == 1.0
+    assert sign_flip_p([0.1, 0.2, 0.3, 0.7, -0.1, -0.2])[0] == sign_flip_p([1, 2, 3, 7, -1, -2])[0]
 
 
 def test_sampled_p_agrees_with_scipy_and_is_never_zero():

@@ -219,10 +219,10 @@ def arrange(slices: Sequence[Slice]) -> Geometry:
 
     notes = []
     count, gaps = len(stack), np.diff(along)
-    step = along[-1] / (count - 1)
     direction = (positions[-1] - positions[0]) / (count - 1)
     heights = np.arange(count, dtype=float)
-    if np.abs(along / step - heights).max() > 0.1:  # positions are often rounded to 0.1 mm, so not less
+    step, start = np.polyfit(heights, along, 1)
+    if np.abs(along - start - step * heights).max() > max(0.1 * step, 0.06):  # positions are often rounded to 0.1 mm
         step = float(np.median(gaps))
         notes.append(f"slice distances {gaps.min():.2f} to {gaps.max():.2f} mm: resampled to every {step:.2f} mm")
         heights = along / step

@@ -232,6 +232,9 @@ def _open_nifti(path: Path) -> tuple[Header, Any]:
 
     def load(channel: int | None) -> np.ndarray:
         proxy: Any = image.dataobj
+        if channel is None and path.suffix.lower() == ".gz":  # read to its end, or gzip's checksum goes unseen
+            with gzip.open(path) as stream:
+                proxy = type(image).from_bytes(stream.read()).dataobj
         array = np.asanyarray(proxy).reshape(image.shape[:3]) if channel is None else np.asanyarray(proxy[..., channel])
         scaled = array.dtype != image.get_data_dtype()
         return array.astype(np.float32) if scaled and array.dtype == np.float64 else array

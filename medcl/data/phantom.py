@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ _T2 = {
 _BOWEL = ("kidney", "spleen", "stomach", "liver", "vessel", "muscle")  # whose intensity a bowel loop may take
 
 Array = NDArray[np.float32]
+Shape = tuple[int, int, int]
 
 
 class Subject(NamedTuple):
@@ -92,7 +93,7 @@ _ANATOMY = (
 def make_subject(
     seed: int | tuple[int, ...],
     *,
-    shape: tuple[int, int, int] = (56, 48, 48),
+    shape: Shape = (56, 48, 48),
     spacing: float | None = None,
     thick: int = 1,
     orientation: str = "RAS",
@@ -108,12 +109,10 @@ def make_subject(
         orientation: axis codes in which the voxels are stored, such as `LPS`.
     """
     rng = np.random.default_rng(seed)
-    drawn = rng.uniform(3.6, 4.2)
+    drawn = rng.uniform(3.6, 4.2)  # drawn even if given, so that the anatomy does not depend on it
     spacing = drawn if spacing is None else spacing
-    where = _reference_coordinates(rng, shape, spacing)
-    clean, label = _paint(rng, where, spacing)
-    image = _acquire(rng, clean, thick)
-    label = _thicken_label(label, thick)
+    clean, label = _paint(rng, _reference_coordinates(rng, shape, spacing), spacing)
+    image, label = _acquire(rng, clean, thick), _thicken_label(label, thick)
 
     step = np.array([spacing, spacing, spacing * thick])
     affine = np.diag([*step, 1.0])
@@ -121,9 +120,7 @@ def make_subject(
     return _store(image, label, affine, orientation)
 
 
-def write_phantoms(
-    out: str | Path, subjects: int = 24, seed: int = 0, *, shape: tuple[int, int, int] = (56, 48, 48)
-) -> Path:
+def write_phantoms(out: str | Path, subjects: int = 24, seed: int = 0, *, shape: Shape = (56, 48, 48)) -> Path:
     """Writes subjects as a Medical Segmentation Decathlon folder (`dataset.json`, `imagesTr/`, `labelsTr/`).
 
     Every third subject has slices two or three times thicker, and storage orientations differ. A subject depends on
@@ -160,8 +157,6 @@ def write_phantoms(
     dataset = {
         "name": "Phantom",
         "description": "Synthetic abdominal MRI with anatomical variation, made by medcl.data.phantom",
-        "licence": "no restrictions",
-        "tensorImageSize": "3D",
         "modality": {"0": "MRI"},
         "labels": {str(value): name for value, name in LABELS.items()},
         "numTraining": subjects,
@@ -240,15 +235,14 @@ def _paint(rng: np.random.Generator, where: Array, spacing: float) -> tuple[Arra
     skin = (radius - 1) * _BODY[1]
     body, wall, cavity = cover(skin), cover(skin + fat), cover(skin + fat + 6)
     image = body * mean["fat"]
-    image += wall * (mean["muscle"] - mean["fat"])
-    image += cavity * (mean["visceral_fat"] - mean["muscle"])
+    image += wall * (mean["muscle"] - mean["fat"]) + cavity * (mean["visceral_fat"] - mean["muscle"])
     label = np.zeros(image.shape, np.uint8)
 
-    moves: dict[str, tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]] = {}
+    moves: dict[str, NDArray[np.float64]] = {}
     for number, shape in enumerate((*_bowel(rng), *_ANATOMY)):
         group = shape.group or str(number)
         if group not in moves:
-            moves[group] = (rng.normal(0, 2.5, 3), rng.uniform(0.86, 1.16, 3), rng.normal(0, 6, 3))
+            moves[group] = np.array([rng.normal(0, 2.5, 3), rng.uniform(0.86, 1.16, 3), rng.normal(0, 6, 3)])
         shift, scale, turn = moves[group]
         radii = np.array(shape.radii) * scale
         tube = np.isinf(radii[2])
@@ -273,29 +267,27 @@ def _paint(rng: np.random.Generator, where: Array, spacing: float) -> tuple[Arra
 def _acquire(rng: np.random.Generator, clean: Array, thick: int) -> Array:
     """What the scanner makes of it: coil bias, slice averaging, Rician noise and an arbitrary unit."""
     bias = np.exp(rng.uniform(0.08, 0.22) * _smooth_field(rng, clean.shape, 1))
-    image = gaussian_filter(clean * bias, (0.35, 0.35, 0.35))
-    image = image[..., : image.shape[2] // thick * thick]
-    image = image.reshape(*image.shape[:2], -1, thick).mean(axis=3)
-    sigma = rng.uniform(0.015, 0.045)
-    real, imaginary = sigma * rng.standard_normal((2, *image.shape))
-    image = np.hypot(image + real, imaginary)
-    return (image * 10 ** rng.uniform(0, 3)).astype(np.float32)
+    image = gaussian_filter(clean * bias, 0.35)
+    image = _slabs(image, thick).mean(axis=3)
+    real, imaginary = rng.uniform(0.015, 0.045) * rng.standard_normal((2, *image.shape))
+    return (np.hypot(image + real, imaginary) * 10 ** rng.uniform(0, 3)).astype(np.float32)
+
+
+def _slabs(voxels: NDArray[Any], thick: int) -> NDArray[Any]:
+    """Slices in groups of `thick`, (X, Y, Z // thick, thick); what is left over at the top is dropped."""
+    return voxels[..., : voxels.shape[2] // thick * thick].reshape(*voxels.shape[:2], -1, thick)
 
 
 def _thicken_label(label: NDArray[np.uint8], thick: int) -> NDArray[np.uint8]:
     """The commonest label of the slices that are averaged into one."""
-    if thick == 1:
-        return label
-    label = label[..., : label.shape[2] // thick * thick]
-    slices = label.reshape(*label.shape[:2], -1, thick)
-    counts = np.stack([(slices == value).sum(axis=3) for value in LABELS])
-    return counts.argmax(axis=0).astype(np.uint8)
+    slabs = _slabs(label, thick)
+    return np.stack([(slabs == value).sum(axis=3) for value in LABELS]).argmax(axis=0).astype(np.uint8)
 
 
 def _store(image: Array, label: NDArray[np.uint8], affine: NDArray[np.float64], orientation: str) -> Subject:
     """Permutes and flips RAS voxels into `orientation` and lets the affine tell the same places."""
     affine = affine.copy()
-    axes = ["LR", "PA", "IS"]
+    axes = ("LR", "PA", "IS")
     order = [next(i for i, pair in enumerate(axes) if code in pair) for code in orientation]
     image, label = np.transpose(image, order), np.transpose(label, order)
     affine[:, :3] = affine[:, order]

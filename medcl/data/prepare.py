@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from medcl.data.case import Case, Manifest, Problem
 from medcl.data.checks import check_image, check_label
 from medcl.data.io import Volume, read_volume, to_canonical
 from medcl.data.plan import Plan
+from medcl.data.pool import map_safely
 from medcl.data.resample import resample_labels, resample_linear, resampled_affine
 from medcl.data.store import default_store, write_volume
 from medcl.errors import MedclError
@@ -29,7 +27,6 @@ FOREGROUND_SHARE = 0.05  # of the range between the low and the high percentile
 AIR = -500.0  # HU
 MARGIN = 2  # voxels kept around the foreground box
 POINTS_PER_LABEL = 500
-FEW = 24  # cases below which starting worker processes costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -235,16 +232,13 @@ def _key(manifest: Manifest, case: Case, plan: Plan, contents: ContentKeys) -> s
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-Progress = Callable[[Iterator[Any], int, str], Iterator[Any]]
-
-
 def prepare(
     manifest: Manifest,
     plan: Plan,
     *,
     store: str | Path = "",
     workers: int = 0,
-    progress: Progress | None = None,
+    title: str | None = None,
 ) -> tuple[list[Stored], Manifest]:
     """Prepares what the store does not hold yet.
 
@@ -253,7 +247,7 @@ def prepare(
         plan: how.
         store: folder; by default `default_store()`.
         workers: processes; 0 takes one a core.
-        progress: wraps the iterator of finished cases, given how many there are and what is done.
+        title: of a progress bar; none without.
 
     Returns:
         The stored cases in the manifest's order, and the manifest without those that could not be prepared, which stand
@@ -277,10 +271,13 @@ def prepare(
         if not (paths[case.id] / "meta.json").exists():
             missing.append((case, paths[case.id]))
     contents.save()
-    finished = _run(manifest, plan, missing, workers or os.cpu_count() or 1)
-    if missing and progress:
-        finished = progress(finished, len(missing), "prepare")
-    for case, failure in finished:
+    bare = dataclasses.replace(manifest, cases=(), problems=())  # a worker needs the root only
+    tasks = [(bare, case, plan, path) for case, path in missing]
+    killed: list[MedclError | None] = [
+        MedclError("its process was killed", case.image[0], "Use fewer workers: memory ran out.") for case, _ in missing
+    ]
+    failures = map_safely(_attempt, tasks, killed, workers or None, title if missing else None)
+    for (case, _), failure in zip(missing, failures, strict=True):
         if failure is not None:
             problems.append(_problem(case, failure))
             del paths[case.id]
@@ -296,31 +293,15 @@ def _problem(case: Case, error: MedclError) -> Problem:
     return Problem(str(error.where or case.image[0]), error.what, error.remedy or "Mend or remove the file.")
 
 
-def _attempt(manifest: Manifest, case: Case, plan: Plan, path: Path) -> MedclError | None:
+def _attempt(task: tuple[Manifest, Case, Plan, Path]) -> MedclError | None:
     """One case; what is wrong with it comes back as a value, so that the others go on."""
+    manifest, case, plan, path = task
     try:
         prepare_case(manifest, case, plan, path)
     except MedclError as error:
-        if isinstance(error.__cause__, OSError) and "disk" in error.what:
+        if isinstance(error.__cause__, OSError) and error.what.startswith(("the disk", "cannot be written")):
             raise  # not this volume's fault: every other one would fail as well
         return error
     except MemoryError:
         return MedclError("does not fit into memory", case.image[0], "Use fewer workers or a coarser spacing.")
     return None
-
-
-def _run(
-    manifest: Manifest, plan: Plan, missing: list[tuple[Case, Path]], workers: int
-) -> Iterator[tuple[Case, MedclError | None]]:
-    if workers <= 1 or len(missing) < FEW:
-        for case, path in missing:
-            yield case, _attempt(manifest, case, plan, path)
-        return
-    bare = dataclasses.replace(manifest, cases=(), problems=())  # a worker needs the root only
-    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=get_context("spawn")) as pool:
-        jobs = {pool.submit(_attempt, bare, case, plan, path): case for case, path in missing}
-        try:
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
-        finally:
-            pool.shutdown(cancel_futures=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ def prepare_all(
 ) -> tuple[list[Stored], Manifest]:
     """Prepares the manifest's cases, or some of them, with a progress bar, and tells what was set aside."""
     chosen = manifest if cases is None else manifest.with_cases(cases)
-    stored, left = prepare_volumes(chosen, plan, store=store, workers=workers, progress=bar)
+    stored, left = prepare_volumes(
+        chosen, plan, store=store, workers=workers, title="prepare" if sys.stderr.isatty() else None
+    )
     tell_problems(left, before=len(manifest.problems))
     return stored, left
 

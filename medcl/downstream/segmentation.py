@@ -46,6 +46,7 @@ class SegmentationModule(pl.LightningModule):
         super().__init__()
         self.backbone, self.dataset, self.config = backbone, dataset, config
         self.augmentation, self.spacing = augmentation, tuple(spacing)
+        self.last_dice: float | None = None
         self.register_buffer("channel_of", channel_table(label_values), persistent=False)
         # the Dice of a class is taken over the whole batch: single patches often lack small structures
         self.criterion = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
@@ -172,7 +173,7 @@ class Validate(Callback):
         assert isinstance(module, SegmentationModule)
         score = self.mean_dice(module) if self.volumes else float(step)  # nothing to choose by: the last weights stay
         if self.volumes:
-            module.log("val_dice", score)
+            module.last_dice = score
             assert trainer.logger is not None
             trainer.logger.log_metrics({"val_dice": score}, step)
         if score >= self.best:

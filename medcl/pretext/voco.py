@@ -50,7 +50,7 @@ class VoCoOptions:
     crop_size: tuple[int, int, int] | None = None
     grid: tuple[int, int, int] | None = None
     max_bases: int = 16
-    momentum: float = 0.99
+    momentum: float = 0.9
     feature_dropout: float = 0.2
     hidden: int = 512
     embedding: int = 256

@@ -102,7 +102,7 @@ def write_comparison_report(
             ),
         ),
         html.section("The numbers", *_comparison_tables(result)),
-        html.section("Largest gain, median and largest loss", *_compared_cases(result, runs, baseline)),
+        html.section("Largest, median and smallest difference", *_compared_cases(result, runs, baseline)),
         html.section(
             "How it was measured", html.bullets(how), html.details("Schedule of both arms", html.facts(schedule))
         ),
@@ -156,7 +156,7 @@ def _comparison_tables(result: Mapping[str, Any]) -> list[str]:
 
 
 def _compared_cases(result: Mapping[str, Any], runs: Sequence[Path], baseline: Sequence[Path]) -> list[str]:
-    """Both arms' first draw on the cases with the largest gain, the median and the largest loss."""
+    """Both arms' first draw on the cases with the largest, median and smallest difference."""
     first, second = result["names"]
     arms = {first: Path(runs[0]), second: next(r for r in map(Path, baseline) if _draw(r) == _draw(Path(runs[0])))}
     manifest = _if_there(arms[first] / "manifest.json", Manifest.load)
@@ -166,7 +166,7 @@ def _compared_cases(result: Mapping[str, Any], runs: Sequence[Path], baseline: S
     if manifest is None or not ranked:
         return []
     parts = []
-    for index, place in _places(len(ranked), "Largest gain", "Median", "Largest loss").items():
+    for index, place in _places(len(ranked), "Largest difference", "Median", "Smallest difference").items():
         case = ranked[index]
         titles = {name: f"{name}: Dice {100 * scores[name][case]:.1f} %" for name in arms}
         folders = {name: run / "test" for name, run in arms.items()}

@@ -8,7 +8,7 @@ from medcl.config import ReportConfig
 from medcl.report.html import write_run_report
 
 
-def report(config: ReportConfig) -> Path:
+def write_report(config: ReportConfig) -> Path:
     """Writes report.html of a run from what its folder holds.
 
     Raises:

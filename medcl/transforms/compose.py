@@ -101,14 +101,14 @@ class StrongAugmentation:
     scale: Range = (0.7, 1.4)
     translate: float = 0.0
     flip: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    p_affine: float = 0.7
+    p_affine: float = 1.0
     elastic_distance: float = 16.0
     elastic_displacement: float = 5.0
-    p_elastic: float = 0.3
+    p_elastic: float = 0.5
     bias_strength: Range = (0.1, 0.3)
-    p_bias: float = 0.2  # MR only
+    p_bias: float = 0.3  # MR only
     noise_std: Range = (0.0, 0.1)
-    p_noise: float = 0.15
+    p_noise: float = 0.3
     blur_sigma: Range = (0.5, 1.0)
     p_blur: float = 0.15
     brightness: Range = (0.75, 1.25)
@@ -119,7 +119,7 @@ class StrongAugmentation:
     p_low_resolution: float = 0.2
     gamma: Range = (0.7, 1.5)
     p_gamma_inverted: float = 0.1
-    p_gamma: float = 0.3
+    p_gamma: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class WeakIntensity:
     """Mild appearance changes for pretext views; nothing moves."""
 
     bias_strength: Range = (0.0, 0.15)
-    p_bias: float = 0.2  # MR only
+    p_bias: float = 0.3  # MR only
     noise_std: Range = (0.0, 0.05)
     p_noise: float = 0.2
     blur_sigma: Range = (0.4, 0.7)

@@ -119,7 +119,7 @@ def bernoulli(seeds: Tensor, name: str, probability: float, *size: int) -> Tenso
 def noise_like(x: Tensor, seeds: Tensor) -> Tensor:
     """Standard normal noise in the shape of `x`, drawn on its device.
 
-    Each sample has its own generator: three times faster on a CPU than hashing every voxel, and on a GPU one kernel
+    Each sample has its own generator: many times faster on a CPU than hashing every voxel, and on a GPU one kernel
     per sample. The same seed gives the same noise on the same kind of device, not across kinds.
 
     Args:

@@ -1,0 +1,46 @@
+"""Shared fixtures: a small phantom data set, and a store of its own for every test session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medcl.data.case import Case, Manifest
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's store."""
+    monkeypatch.setenv("MEDCL_STORE", str(tmp_path_factory.getbasetemp() / "store"))
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> Path:
+    """Twelve small synthetic subjects in the Decathlon's layout."""
+    from medcl.data.phantom import write_phantoms
+
+    return write_phantoms(tmp_path_factory.mktemp("phantoms"), 12, shape=(28, 24, 24))
+
+
+def case_for(name: str, shape=(8, 8, 8), spacing=(1.0, 1.0, 1.0), label: bool = True, **more) -> Case:
+    """A case without files, for what looks at headers only."""
+    affine = np.diag([*spacing, 1.0])
+    return Case(
+        id=name,
+        subject=more.pop("subject", name),
+        image=(f"{name}.nii.gz",),
+        label=f"{name}_gt.nii.gz" if label else None,
+        shape=tuple(shape),
+        spacing=tuple(spacing),
+        orientation="RAS",
+        affine=tuple(map(tuple, affine.tolist())),
+        **more,
+    )
+
+
+def manifest_for(cases, root="nowhere", names=None) -> Manifest:
+    return Manifest(str(root), "names", "by names.", tuple(cases), (), names or {})
