@@ -117,7 +117,7 @@ class RunLogger(Logger):
         from medcl.run import read_metrics
 
         self._rows: dict[int, dict[str, float]] = {
-            int(row["step"]): row for row in read_metrics(run) if row["step"] < resume_step
+            int(row["step"]): row for row in read_metrics(run) if row["step"] <= resume_step
         }
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step or None)
 
@@ -133,7 +133,7 @@ class RunLogger(Logger):
         pass  # config.yaml holds them
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        number = int(step or 0)
+        number = int(step or 0) + 1  # Lightning counts from 0; the files say how many steps were done
         values = {k: float(v) for k, v in metrics.items() if k != "epoch"}
         self._rows.setdefault(number, {"step": number}).update(values)
         for name, value in values.items():

@@ -127,9 +127,9 @@ def _msd(root: Path, files: list[str], channel: int | None) -> Layout | None:
         expected = listed.get(image) or plain.replace(f"{base}imagesT", f"{base}labelsT", 1)
         label = expected if expected in inside else labels.get(naming.without_suffix(expected))
         used.add(label)
-        if label is None and (image in listed or (nnunet and f"{base}imagesTr/" in image)):
+        if label is None and (listed.get(image) or (nnunet and f"{base}imagesTr/" in image)):
             ending = data.get("file_ending", "")
-            problems.append(_missing_label(image, expected if image in listed else expected + ending))
+            problems.append(_missing_label(image, listed.get(image) or expected + ending))
         split = "train" if image.startswith(f"{base}imagesTr/") else "test"
         id = plain.rsplit("/", 1)[-1]
         cases.append(_case(image, naming.subject(plain), id, label=label, split=split, modality=modality, notes=notes))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
@@ -41,8 +43,6 @@ def map_safely(
     with _Bar(title, len(tasks)) as bar:
         if workers <= 1 or len(tasks) < FEWEST:
             return [bar.step(function(task)) for task in tasks]
-        if not _can_spawn():
-            return [bar.step(function(task)) for task in tasks]
         results = list(failed)
         size = max(1, min(64, len(tasks) // (4 * workers)))
         chunks = [range(start, min(start + size, len(tasks))) for start in range(0, len(tasks), size)]
@@ -52,13 +52,23 @@ def map_safely(
         return results
 
 
-def _can_spawn() -> bool:
-    """Whether a new process comes up at all: not from stdin, nor from a script without a main guard."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(available_cores).result() > 0
-        except BrokenProcessPool:
-            return False
+@contextlib.contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Keeps new processes from running the user's script again, which they would to find functions defined in it.
+
+    Ours are importable, and a script without a main guard would start everything once more in every worker.
+    """
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    main.__spec__ = None
+    if file is not None:
+        del main.__file__
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
 
 
 def _run(
@@ -72,7 +82,7 @@ def _run(
     """Fills `results` chunk by chunk; returns the indices left over when a worker died."""
     left = []
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+    with _main_hidden(), ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         futures: dict[Future[list[Result]], range] = {}
         for position, chunk in enumerate(chunks):
             try:

@@ -175,7 +175,7 @@ class Validate(Callback):
         if self.volumes:
             module.last_dice = score
             assert trainer.logger is not None
-            trainer.logger.log_metrics({"val_dice": score}, step)
+            trainer.logger.log_metrics({"val_dice": score}, step - 1)
         if score >= self.best:
             self.best, self.best_step = score, step
             self.keep(step)

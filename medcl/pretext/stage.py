@@ -72,8 +72,10 @@ class PretextModule(pl.LightningModule):
         self.log_dict({**{k: v.detach() for k, v in losses.items()}, "lr": rate}, batch_size=len(batch["image"]))
         return losses["loss"]
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.task.after_step(self.trainer.global_step / self.config.steps)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # here and not in `on_train_batch_end`, which runs after the callbacks: a checkpoint must hold the new teacher
+        self.task.after_step((self.trainer.global_step + 1) / self.config.steps)
 
     def configure_optimizers(self) -> Any:
         config = self.config
