@@ -195,7 +195,9 @@ def test_one_label_serves_every_modality_of_its_subject():
 
 
 def test_a_label_never_fits_another_number():
-    layout = told("imagesTr/case_0001.nii", "imagesTr/case_0002.nii", "labelsTr/case_0003.nii", "labelsTr/case_0001.nii")
+    layout = told(
+        "imagesTr/case_0001.nii", "imagesTr/case_0002.nii", "labelsTr/case_0003.nii", "labelsTr/case_0001.nii"
+    )
     assert pairs(layout) == {"imagesTr/case_0001.nii": "labelsTr/case_0001.nii", "imagesTr/case_0002.nii": None}
     assert [problem.file for problem in layout.problems] == ["labelsTr/case_0003.nii"]
 

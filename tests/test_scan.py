@@ -23,13 +23,17 @@ from medcl.errors import MedclError
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
-def image(path: Path, seed: int = 0, shape: tuple[int, ...] = (6, 7, 8), affine: np.ndarray | None = None) -> np.ndarray:
+def image(
+    path: Path, seed: int = 0, shape: tuple[int, ...] = (6, 7, 8), affine: np.ndarray | None = None
+) -> np.ndarray:
     array = np.random.default_rng(seed).integers(0, 400, shape).astype(np.int16)
     write_nifti(path, array, np.diag([1, 1, 2.5, 1]) if affine is None else affine)
     return array
 
 
-def label(path: Path, shape: tuple[int, ...] = (6, 7, 8), affine: np.ndarray | None = None, dtype: str = "uint8") -> None:
+def label(
+    path: Path, shape: tuple[int, ...] = (6, 7, 8), affine: np.ndarray | None = None, dtype: str = "uint8"
+) -> None:
     array = (np.arange(np.prod(shape)) % 3).reshape(shape).astype(dtype)
     write_nifti(path, array, np.diag([1, 1, 2.5, 1]) if affine is None else affine)
 
@@ -364,4 +368,6 @@ def test_real_acdc_whose_patients_074_and_076_are_the_same_images():
 def test_real_head_ct():
     (case,) = scan(SHARED / "dicom_ct_head").cases
     assert case.modality == "CT" and case.shape == (512, 611, 37) and len(case.image) == 28
-    assert any("tilt of 18.5" in note for note in case.notes) and any("resampled to every" in note for note in case.notes)
+    assert any("tilt of 18.5" in note for note in case.notes) and any(
+        "resampled to every" in note for note in case.notes
+    )

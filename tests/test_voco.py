@@ -148,7 +148,7 @@ def test_views_depend_on_each_samples_seed_only():
 
 
 def test_without_augmentation_a_crop_is_found_where_its_label_says():
-    task = small_task(flip=0.0, intensity=False)
+    task = small_task(flip=0.0, intensity="none")
     volume = torch.randn(1, 1, *task.read_size)
     views = task.views(volume, torch.tensor([3]))
     best = views["labels"][0, 0].argmax()
@@ -178,7 +178,7 @@ def test_momentum_rises_to_one():
 
 
 def test_one_batch_of_views_can_be_learned():
-    task = small_task(flip=0.0, intensity=False, feature_dropout=0.0, momentum=0.9)
+    task = small_task(flip=0.0, intensity="none", feature_dropout=0.0, momentum=0.9)
     views = task.views(torch.randn(2, 1, *task.read_size), torch.tensor([1, 2]))
     optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], 2e-3)
     losses = []

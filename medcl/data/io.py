@@ -8,6 +8,7 @@ rectangular grid (`medcl.data.dicom`), and then `notes` says so.
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -134,7 +135,7 @@ def read_volume(paths: Sequence[str | Path], channel: int | None = None) -> Volu
     where = Path(paths[0])
     if pick_channel(header, channel, where) is None:
         channel = None
-    with _told(where):
+    with told(where):
         array = load(channel)
     if array.dtype.itemsize > 8:  # long double: nothing downstream takes it
         array = array.astype(np.float64)
@@ -166,14 +167,14 @@ def _open(paths: Sequence[str | Path]) -> tuple[Header, Any]:
     if not files:
         raise MedclError("no file given to read")
     first, kind = files[0], format_of(files[0])
-    with _told(first):
+    with told(first):
         for file in files:
             if file.stat().st_size == 0:
                 raise MedclError("the file is empty (0 bytes)", file, _COPY_AGAIN)
         if kind == "dicom":
-            from medcl.data import dicom
+            from medcl.data import series
 
-            header, load = dicom.open_series(files)
+            header, load = series.open_series(files)
         elif kind == "nifti":
             header, load = _open_nifti(first)
         else:
@@ -277,7 +278,7 @@ def _open_itk(path: Path) -> tuple[Header, Any]:
     return Header(shape, LPS_TO_RAS @ affine, name), load
 
 
-class _told:
+class told:
     """Turns whatever a reading library raises about a file into one line."""
 
     def __init__(self, path: Path):
@@ -296,11 +297,12 @@ class _told:
             raise MedclError("may not be read (permission denied)", self.path, "Mend its permissions.") from None
         if isinstance(error, MemoryError):
             raise MedclError("does not fit in memory", self.path, "Crop or resample it first.") from None
-        if isinstance(error, EOFError) or ("Expected" in text and "bytes" in text) or "runcated" in text:
+        if isinstance(error, EOFError) or ("Expected" in text and "bytes" in text) or "less than expected" in text:
             raise MedclError("is truncated: the file ends before its voxels do", self.path, _COPY_AGAIN) from None
         if isinstance(error, (zlib.error, gzip.BadGzipFile)):
             raise MedclError("the gzip compression is damaged", self.path, _COPY_AGAIN) from None
-        reason = text.strip().splitlines()[-1].removeprefix("ITK ERROR: ") if text.strip() else type(error).__name__
+        reason = text.strip().splitlines()[-1] if text.strip() else type(error).__name__
+        reason = re.sub(r"^ITK ERROR: |\(0x[0-9a-f]+\)", "", reason)
         raise MedclError(f"cannot be read as {name} ({reason[:160].rstrip('.')})", self.path, _COPY_AGAIN) from None
 
 

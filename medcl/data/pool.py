@@ -46,9 +46,10 @@ def map_safely(
         results = list(failed)
         size = max(1, min(64, len(tasks) // (4 * workers)))
         chunks = [range(start, min(start + size, len(tasks))) for start in range(0, len(tasks), size)]
-        for index in _run(function, tasks, chunks, results, workers, bar):
-            # Any of the unfinished may be the one that killed a worker: each now risks only a process of its own.
-            _run(function, tasks, [range(index, index + 1)], results, 1, bar)
+        left = _run(function, tasks, chunks, results, workers, bar)
+        while left:
+            # A lone worker takes one task after the other, so the first left over is the one that killed it.
+            left = _run(function, tasks, [range(index, index + 1) for index in left], results, 1, bar)[1:]
         return results
 
 

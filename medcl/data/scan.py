@@ -15,6 +15,7 @@ from medcl.data import checks, dicom, layouts
 from medcl.data.case import Case, Manifest, Problem
 from medcl.data.io import SUFFIXES, Header, Volume, pick_channel, read_header, read_volume, volume_suffix
 from medcl.data.pool import map_safely
+from medcl.data.series import arrange
 from medcl.data.summary import print_summary, summary_dict
 from medcl.data.twins import without_twins
 from medcl.errors import MedclError
@@ -188,7 +189,7 @@ def _series(root: Path, files: Sequence[str], workers: int | None, progress: boo
             problems.append(Problem(_relative(root, first.path), what, "Export the whole series, or leave it out."))
             continue
         try:
-            geometry = dicom.arrange(usable)
+            geometry = arrange(usable)
         except MedclError as error:
             problems.append(_problem(root, error, _relative(root, first.path)))
             continue

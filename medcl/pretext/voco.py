@@ -22,9 +22,10 @@ from medcl.networks.backbones import Backbone
 from medcl.networks.ema import MomentumTeacher, cosine_momentum
 from medcl.networks.heads import ProjectionHead, pooled_pyramid
 from medcl.pretext.base import PretextTask, Triple
-from medcl.transforms.compose import weak_intensity
+from medcl.transforms.compose import strong_intensity, weak_intensity
 from medcl.transforms.random import mix_seeds, uniform
 
+INTENSITY = {"none": None, "weak": weak_intensity, "strong": strong_intensity}
 LARGEST_CROP = 64
 FEWEST_FEATURES = 4  # voxels of the coarsest map: instance norm and pooling need some to speak of
 
@@ -43,7 +44,8 @@ class VoCoOptions:
         hidden, embedding: widths of the projection head.
         flip: probability of mirroring a crop along each axis. The label knows places only, so mirroring teaches
             invariance to it; 0 keeps left and right apart.
-        intensity: mild random intensity changes of every crop.
+        intensity: random intensity changes of every crop: none, weak or strong. Strong ones keep crops from being
+            matched by their grey values and noise.
     """
 
     crops: int = 4
@@ -55,7 +57,7 @@ class VoCoOptions:
     hidden: int = 512
     embedding: int = 256
     flip: float = 0.2
-    intensity: bool = True
+    intensity: str = "strong"
 
 
 class VoCo(PretextTask):
@@ -73,7 +75,10 @@ class VoCo(PretextTask):
         width = sum(backbone.channels)
         self.projection_head = ProjectionHead(width, chosen.hidden, chosen.embedding, dropout=chosen.feature_dropout)
         self.teacher = MomentumTeacher(nn.ModuleDict({"backbone": backbone, "head": self.projection_head}))
-        self._intensity = weak_intensity(plan.modality, plan.spacing) if chosen.intensity else None
+        if chosen.intensity not in INTENSITY:
+            raise MedclError(f"unknown intensity {chosen.intensity!r}", "voco", f"Use one of {', '.join(INTENSITY)}.")
+        chain = INTENSITY[chosen.intensity]
+        self._intensity = chain(plan.modality, plan.spacing) if chain else None
 
     def describe(self) -> str:
         size = " x ".join(map(str, self.crop_size))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from medcl.config import ReportConfig
 from medcl.report.html import write_run_report
+from medcl.run import read_config
 
 
 def write_report(config: ReportConfig) -> Path:
@@ -14,4 +15,6 @@ def write_report(config: ReportConfig) -> Path:
     Raises:
         MedclError: the folder is not a run.
     """
-    return write_run_report(Path(config.run))
+    run = Path(config.run)
+    read_config(run)
+    return write_run_report(run)

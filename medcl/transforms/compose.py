@@ -140,7 +140,28 @@ class WeakIntensity:
     p_gamma: float = 0.2
 
 
-def _intensity(modality: str, preset: StrongAugmentation | WeakIntensity) -> list[RandomTransform]:
+@dataclass(frozen=True)
+class StrongIntensity:
+    """Appearance changes for pretext views that should be told by anatomy, not by matching grey values or noise."""
+
+    bias_strength: Range = (0.1, 0.4)
+    p_bias: float = 0.5  # MR only
+    noise_std: Range = (0.0, 0.2)
+    p_noise: float = 0.5
+    blur_sigma: Range = (0.4, 1.0)
+    p_blur: float = 0.3
+    brightness: Range = (0.7, 1.3)
+    p_brightness: float = 0.5
+    contrast: Range = (0.65, 1.5)
+    p_contrast: float = 0.5
+    gamma: Range = (0.5, 2.0)
+    p_gamma: float = 0.5
+
+
+Intensity = StrongAugmentation | WeakIntensity | StrongIntensity
+
+
+def _intensity(modality: str, preset: Intensity) -> list[RandomTransform]:
     chain: list[RandomTransform] = []
     if modality != "CT":  # Hounsfield units know no coil
         chain.append(RandomBiasField(preset.bias_strength, probability=preset.p_bias))
@@ -186,3 +207,13 @@ def weak_intensity(
     """Mild intensity changes for pretext crops; arguments as in `strong_augmentation`."""
     preset = preset or WeakIntensity()
     return Compose([*_intensity(modality, preset), RandomGamma(preset.gamma, probability=preset.p_gamma)], spacing)
+
+
+def strong_intensity(
+    modality: str = "MR", spacing: Spacing = (1.0, 1.0, 1.0), preset: StrongIntensity | None = None
+) -> Compose:
+    """Strong intensity changes for pretext crops; arguments as in `strong_augmentation`."""
+    preset = preset or StrongIntensity()
+    inverted = RandomGamma(preset.gamma, invert=True, probability=preset.p_gamma / 2)
+    last = [inverted, RandomGamma(preset.gamma, probability=preset.p_gamma)]
+    return Compose([*_intensity(modality, preset), *last], spacing)
