@@ -105,9 +105,9 @@ class PretrainConfig:
     test_fraction: float = 0.25
     val_fraction: float = 0.1
     split_seed: int = 0
-    steps: int = 1000
+    steps: int = 800
     batch_size: int = 4
-    lr: float = 1e-3
+    lr: float = 5e-4
     weight_decay: float = 0.01
     warmup: float = 0.05
     seed: int = 0

@@ -76,7 +76,9 @@ def test_lists_take_several_values():
     assert (config.runs, config.baseline) == (["a", "b"], ["c", "d"])
 
 
-@pytest.mark.parametrize("recipe", sorted((cli.Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((cli.Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_every_recipe_is_understood(recipe):
     command = recipe.stem.split("_")[0]
     _, positional, kind, _ = cli.COMMANDS[command]

@@ -364,6 +364,13 @@ def test_two_slices_missing_beside_a_lone_one_are_refused(tmp_path):
     fails("slices missing", *(paths[:6] + paths[7:8] + paths[9:]))
 
 
+def test_a_hole_where_two_blocks_meet_is_told_by_the_numbering(tmp_path):
+    heights = [0, 3, 6, 9, 12, 17, 22, 27]
+    paths = write_series(tmp_path, rng_array((4, 5, 8)), [(0, 0, height) for height in heights])
+    assert "resampled" in read_volume(paths).notes[0]
+    fails("between 6.0 and 12.0 mm .* expected one every 3 mm", *(paths[:3] + paths[4:]))
+
+
 def test_renumbered_series_with_a_hole_is_refused(tmp_path):
     positions = [position for index, position in enumerate(upright(12)) if index not in (5, 6)]
     fails("expected one every 3 mm", *write_series(tmp_path, rng_array((4, 5, 10)), positions))

@@ -62,7 +62,9 @@ def test_robust_normalisation_ignores_the_scanners_scale(scale, offset):
 
 def test_ct_is_clipped_to_its_window():
     array = np.linspace(-1000, 1000, 1000, dtype=np.float32).reshape(10, 10, 10)
-    image = prepare_image(Volume(array, np.eye(4)), dataclasses.replace(PLAN, normalise="ct", spacing=(1.0, 1.0, 1.0))).image
+    image = prepare_image(
+        Volume(array, np.eye(4)), dataclasses.replace(PLAN, normalise="ct", spacing=(1.0, 1.0, 1.0))
+    ).image
     assert image.min() == -1 and image.max() == 1
 
 
@@ -73,7 +75,9 @@ def test_a_planted_label_survives_the_round_trip(shape):
     image[:4], image[-5:] = 0, 0  # air that is cropped away
     label = np.zeros(shape, dtype=np.uint8)
     label[10:18, 8:16, 6:14] = 1
-    prepared = prepare_image(Volume(image, np.diag([1.0, 1.0, 1.5, 1.0])), dataclasses.replace(PLAN, spacing=(1.3, 0.9, 1.1)))
+    prepared = prepare_image(
+        Volume(image, np.diag([1.0, 1.0, 1.5, 1.0])), dataclasses.replace(PLAN, spacing=(1.3, 0.9, 1.1))
+    )
     small = prepared.prepare_label(label)
     assert small.shape == prepared.image.shape and prepared.crop_start[0] > 0
     scores = np.stack([small == value for value in (0, 1)]).astype(np.float32)
@@ -171,7 +175,11 @@ def test_voxel_hash_ignores_header_type_and_compression(tmp_path):
     affine = np.diag([1.0, 1.0, 1.0, 1.0])
     flipped = affine.copy()
     flipped[0] = [-1, 0, 0, 11]
-    copies = {"a.nii": (voxels, affine), "b.nii.gz": (voxels.astype(np.float32), affine), "c.nii": (voxels[::-1], flipped)}
+    copies = {
+        "a.nii": (voxels, affine),
+        "b.nii.gz": (voxels.astype(np.float32), affine),
+        "c.nii": (voxels[::-1], flipped),
+    }
     for name, (array, matrix) in copies.items():
         nib.save(nib.Nifti1Image(np.ascontiguousarray(array), matrix), tmp_path / name)
     manifest = load_source(str(tmp_path))

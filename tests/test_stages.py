@@ -202,9 +202,7 @@ def test_a_prediction_lies_on_the_inputs_own_grid(runs, tmp_path, codes, oblique
     label[8:20, 6:16, 5:14] = 1
     image = (rng.normal(100, 3, shape) + 300.0 * label).astype(np.float32)
     affine = nib.orientations.inv_ornt_aff(
-        nib.orientations.ornt_transform(
-            nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes)
-        ),
+        nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes)),
         shape,
     )
     affine = np.diag([1.5, 2.0, 2.5, 1.0]) @ affine
@@ -316,5 +314,3 @@ def test_a_loss_that_is_not_finite_stops_the_run(phantoms, tmp_path, monkeypatch
     monkeypatch.setattr(VoCo, "loss", broken)
     with pytest.raises(MedclError, match="not finite"):
         medcl.pretrain(pretraining(phantoms, tmp_path / "x"))
-
-

@@ -1,4 +1,4 @@
-"""DICOM series: slices put in order, checked for gaps, and brought onto a rectangular grid where they do not lie on one.
+"""DICOM series: slices put in order, checked for gaps, and brought onto a rectangular grid where they form none.
 
 Distances between slices are always measured along the slice normal, in mm.
 """

@@ -90,6 +90,10 @@ def predict(config: PredictConfig) -> Path:
 def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, ...], out: Path) -> Path:
     """Predicts `cases` into `out`, one file each, written whole or not at all."""
     problems: list[Problem] = []
+    trained = predictor.contract.plan.modality
+    others = [case.id for case in cases if {case.modality, trained} == {"CT", "MR"}]
+    if others:
+        log.warning("The network was trained on %s; %d inputs are not, such as %s.", trained, len(others), others[0])
     for case in bar(iter(cases), len(cases), "predict"):
         try:
             volume = read_volume(manifest.image_paths(case), channel=case.channel)

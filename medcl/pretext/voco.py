@@ -57,7 +57,7 @@ class VoCoOptions:
     hidden: int = 512
     embedding: int = 256
     flip: float = 0.2
-    intensity: str = "strong"
+    intensity: str = "weak"
 
 
 class VoCo(PretextTask):
