@@ -85,7 +85,7 @@ class Manifest:
 
     Attributes:
         root: absolute folder that all paths are relative to.
-        layout: the layout recognised: `msd`, `acdc`, `bids` or `names`.
+        layout: the layout recognised: `msd`, `acdc`, `bids`, `dicom`, `nnunet` or `names`.
         rule: one sentence saying how subjects and labels were worked out.
         cases: usable cases, sorted by id.
         problems: files set aside, and warnings.
