@@ -22,4 +22,4 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from medcl.config import ExportConfig
 from medcl.data.plan import Plan
 from medcl.errors import MedclError
-from medcl.files import atomic_path, file_sha256, read_json, write_json
+from medcl.files import atomic_path, file_sha256, read_json, sha256, write_json
 from medcl.networks.backbones import Backbone, BackboneSpec, build_backbone
 from medcl.run import log
 
@@ -76,13 +76,16 @@ def unique_state(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def save_weights(run: Path, backbone: Backbone, contract: Contract) -> None:
-    """Writes `weights/model.safetensors` and, last, `weights/contract.json` that vouches for it by its hash."""
-    from safetensors.torch import save_file
+    """Writes `weights/model-HASH.safetensors` and, last, `weights/contract.json` that vouches for it by its hash."""
+    from safetensors.torch import save
 
     state, aliases = unique_state(backbone.net)
-    weights = run / "weights" / "model.safetensors"
+    data = save(state, metadata={"format": "pt"})
+    digest = sha256(data)
+    # a file of its own for every state: until the new contract stands, the old one vouches for the old file
+    weights = run / "weights" / f"model-{digest[:12]}.safetensors"
     with atomic_path(weights) as part:
-        save_file(state, str(part), metadata={"format": "pt"})
+        part.write_bytes(data)
     write_json(
         run / "weights" / "contract.json",
         {
@@ -90,9 +93,13 @@ def save_weights(run: Path, backbone: Backbone, contract: Contract) -> None:
             **asdict(contract),
             "input": {"orientation": "RAS", "channels": contract.backbone.in_channels, **contract.plan.preparation()},
             "aliases": aliases,
-            "sha256": file_sha256(weights),
+            "file": weights.name,
+            "sha256": digest,
         },
     )
+    for old in weights.parent.glob("model-*.safetensors"):
+        if old != weights:
+            old.unlink()
 
 
 def load_weights(run: str | Path) -> tuple[Contract, dict[str, Tensor]]:
@@ -110,8 +117,8 @@ def load_weights(run: str | Path) -> tuple[Contract, dict[str, Tensor]]:
     data = read_json(folder / "contract.json")
     if data.pop("medcl_contract", None) != CONTRACT_VERSION:
         raise MedclError("is not a contract of this version", folder / "contract.json", "Train again with this medcl.")
-    aliases, digest, _ = data.pop("aliases"), data.pop("sha256"), data.pop("input")
-    path = folder / "model.safetensors"
+    aliases, digest, file, _ = (data.pop(key) for key in ("aliases", "sha256", "file", "input"))
+    path = folder / Path(file).name
     try:
         if file_sha256(path) != digest:
             raise MedclError("differs from what its contract vouches for", path, "Copy the whole weights folder again.")
@@ -161,10 +168,12 @@ def transfer(contract: Contract, state: dict[str, Tensor], backbone: Backbone, w
         elif mine[name].shape != state[name].shape:
             wrong.append(f"{name} is {tuple(state[name].shape)} there, {tuple(mine[name].shape)} here")
     reasons = [
-        f"{f.name} is {getattr(contract.backbone, f.name)} there, {getattr(backbone.spec, f.name)} here"
+        f"{f.name} is {getattr(source.spec, f.name)} there, {getattr(backbone.spec, f.name)} here"
         for f in dataclasses.fields(BackboneSpec)
-        if f.name != "out_channels" and getattr(contract.backbone, f.name) != getattr(backbone.spec, f.name)
+        if f.name not in ("out_channels", "width") and getattr(source.spec, f.name) != getattr(backbone.spec, f.name)
     ]
+    if source.width != backbone.width:
+        reasons.append(f"width is {source.width} there, {backbone.width} here")
     if wrong or reasons:
         shown = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         layers = f" {len(wrong)} of {len(names)} tensors do not fit: {shown}." if wrong else ""

@@ -71,8 +71,8 @@ class PretrainConfig:
         backbone: network: unet, dynunet or swin_unetr.
         width: channels of the network's first level; 0 takes the backbone's default.
         norm: normalisation layers: instance, layer or batch.
-        subjects: `train` leaves out the validation and test subjects that `finetune` will use; `all` takes every
-            subject; `auto` is `train` where enough subjects are labelled to hold some out.
+        subjects: `auto` leaves out the validation and test subjects that `finetune` on this folder will use, where
+            enough subjects are labelled to hold some out; `all` takes every subject.
         test_fraction: share of labelled subjects held out for test.
         val_fraction: share of labelled subjects held out for validation.
         split_seed: seed of the split into training, validation and test subjects.

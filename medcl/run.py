@@ -18,6 +18,7 @@ from medcl.errors import MedclError
 from medcl.files import write_json, write_text
 
 log = logging.getLogger("medcl")
+logging.raiseExceptions = False  # a log line that cannot be written (full disk) is no reason for a traceback
 
 
 def open_run(path: str | Path, config: Any, stage: str, resume: bool = False) -> Path:
@@ -83,8 +84,14 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    free = {"resume", "workers", "store", "checkpoint_every"}  # none of them changes what is computed
-    return sorted(key for key in old.keys() | new.keys() if key not in free and old.get(key) != new.get(key))
+    free = {"resume", "workers", "store", "checkpoint_every", "out"}  # none of them changes what is computed
+    paths = {"source", "init", "plan"}
+
+    def same(key: str) -> bool:
+        a, b = old.get(key), new.get(key)
+        return a == b or (key in paths and bool(a and b) and Path(str(a)).resolve() == Path(str(b)).resolve())
+
+    return sorted(key for key in old.keys() | new.keys() if key not in free and not same(key))
 
 
 def _log_into(path: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from medcl.run import log, write_metrics
 
 LAST = "checkpoints/last.ckpt"
 FLUSH_SECONDS = 5.0
+DIVERGED = "Lower --lr, or use --precision 32; the last checkpoint is from before."
 
 
 def choose_accelerator(wish: str = "auto") -> str:
@@ -91,8 +93,9 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """Checkpoints that are whole or absent, and are read without unpickling code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with atomic_path(Path(path)) as part:
-            torch.save(checkpoint, part)
+        # into an open file: given a path, torch reports a full disk as an assertion of its own
+        with atomic_path(Path(path)) as part, open(part, "wb") as stream:
+            torch.save(checkpoint, stream)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         try:
@@ -195,14 +198,17 @@ class Progress(Callback):
 
 
 class Checkpoints(Callback):
-    """Writes `checkpoints/last.ckpt` every so many steps, at the end, and when a person interrupts."""
+    """Writes `checkpoints/last.ckpt` every so many steps and at the end, as long as all weights are finite."""
 
     def __init__(self, run: Path, every: int):
         self.path, self.every = run / LAST, max(1, every)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        if trainer.global_step % self.every == 0 or trainer.global_step >= trainer.max_steps:
-            trainer.save_checkpoint(self.path)
+        if trainer.global_step % self.every and trainer.global_step < trainer.max_steps:
+            return
+        if not all(torch.isfinite(p).all() for p in module.parameters()):
+            raise MedclError(f"weights are not finite at step {trainer.global_step}", "training", DIVERGED)
+        trainer.save_checkpoint(self.path)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         # between two steps the state is whole; inside one it is not, and the last written checkpoint stands
@@ -228,7 +234,7 @@ class StopOnNaN(Callback):
         if loss is not None and not torch.isfinite(loss):
             raise MedclError(
                 f"the loss is not finite at step {trainer.global_step}", "training",
-                "Lower --lr, or use --precision 32; the last checkpoint is from before.",
+                DIVERGED,
             )  # fmt: skip
 
 
@@ -265,15 +271,21 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=text)
 
 
-def resume_step(run: Path) -> int:
-    """Optimiser steps in the last checkpoint.
+def fit(trainer: pl.Trainer, module: pl.LightningModule, resumed: Path | None) -> None:
+    """Trains, from the last checkpoint of `resumed` if given. An interruption comes out as `KeyboardInterrupt`."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(module, ckpt_path=str(resumed / LAST) if resumed else None, weights_only=True)
+    except SystemExit as error:  # how Lightning ends on Ctrl-C, with the signal ignored from then on
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from error
 
-    Raises:
-        MedclError: there is none.
-    """
+
+def resume_step(run: Path) -> int:
+    """Optimiser steps in the last checkpoint; 0 where the run was cut off before its first."""
     path = run / LAST
     if not path.exists():
-        raise MedclError("holds no checkpoint to resume from", run, "Start without --resume.")
+        return 0
     return int(AtomicCheckpoints().load_checkpoint(path)["global_step"])
 
 

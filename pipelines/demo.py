@@ -25,7 +25,9 @@ def main(out: Path) -> None:
     from medcl.report.html import write_comparison_report
 
     began = time.monotonic()
-    shutil.rmtree(out, ignore_errors=True)  # a demo starts over; real runs are never deleted
+    if out.exists() and not (out / "scans" / "dataset.json").exists():
+        raise SystemExit(f"{out} exists and is not an earlier demo. Choose another --out.")
+    shutil.rmtree(out, ignore_errors=True)  # a demo starts over
     scans = str(write_phantoms(out / "scans", SUBJECTS))
     store = str(out / "store")
     encoder = str(out / "pretrained")

@@ -11,6 +11,7 @@ from medcl.errors import MedclError
 
 AFFINE_TOLERANCE = 0.01  # of a voxel, at the corner that moves most
 INTEGER_TOLERANCE = 1e-3
+LARGEST_LABEL = 255  # label maps are kept in a byte
 
 
 def check_image(array: np.ndarray, where: object = None) -> None:
@@ -59,7 +60,7 @@ def check_label_values(array: np.ndarray, where: object = None) -> None:
     """Checks that a label map holds whole numbers from 0 up.
 
     Raises:
-        MedclError: a value is further than 0.001 from a whole number, is not finite, or is negative.
+        MedclError: a value is further than 0.001 from a whole number, is not finite, is negative, or is above 255.
     """
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
@@ -69,6 +70,11 @@ def check_label_values(array: np.ndarray, where: object = None) -> None:
             value = array.flat[int(off.argmax())]
             remedy = "Resample labels by nearest neighbour, or threshold a probability map."
             raise MedclError(f"the label map holds values that are not integers, such as {value:.4g}", where, remedy)
+    if array.size and array.max() > LARGEST_LABEL:
+        raise MedclError(
+            f"the label map holds values above {LARGEST_LABEL}, such as {array.max():g}", where,
+            "Renumber the classes from 1.",
+        )  # fmt: skip
     if array.size and array.min() < -INTEGER_TOLERANCE:
         raise MedclError(
             f"the label map holds negative values, such as {array.min():g}", where, "Number the classes from 0."

@@ -29,6 +29,7 @@ def map_safely(
     failed: Sequence[Result],
     workers: int | None = None,
     title: str | None = None,
+    fewest: int = FEWEST,
 ) -> list[Result]:
     """`[function(task) for task in tasks]` over processes.
 
@@ -38,10 +39,11 @@ def map_safely(
         failed: the result of each task whose process dies.
         workers: processes; by default one per available core. With 1, or few tasks, everything runs in this process.
         title: shown beside a progress bar; no bar if None.
+        fewest: tasks below which everything runs in this process.
     """
     workers = min(workers or available_cores(), len(tasks))
     with _Bar(title, len(tasks)) as bar:
-        if workers <= 1 or len(tasks) < FEWEST:
+        if workers <= 1 or len(tasks) < fewest:
             return [bar.step(function(task)) for task in tasks]
         results = list(failed)
         size = max(1, min(64, len(tasks) // (4 * workers)))

@@ -276,7 +276,7 @@ def prepare(
     killed: list[MedclError | None] = [
         MedclError("its process was killed", case.image[0], "Use fewer workers: memory ran out.") for case, _ in missing
     ]
-    failures = map_safely(_attempt, tasks, killed, workers or None, title if missing else None)
+    failures = map_safely(_attempt, tasks, killed, workers or None, title if missing else None, fewest=8)
     for (case, _), failure in zip(missing, failures, strict=True):
         if failure is not None:
             problems.append(_problem(case, failure))
@@ -304,4 +304,7 @@ def _attempt(task: tuple[Manifest, Case, Plan, Path]) -> MedclError | None:
         return error
     except MemoryError:
         return MedclError("does not fit into memory", case.image[0], "Use fewer workers or a coarser spacing.")
+    except (RuntimeError, ValueError, ArithmeticError) as error:  # what SimpleITK and numpy raise on odd volumes
+        what = f"cannot be prepared ({' '.join(str(error).split())[:120]})"
+        return MedclError(what, case.image[0], "Look at the volume, or leave it out.")
     return None

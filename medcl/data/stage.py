@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from medcl.config import PrepareConfig, ScanConfig
 from medcl.data.case import Case, Manifest
+from medcl.data.io import read_volume
 from medcl.data.plan import Plan, derive_plan
-from medcl.data.prepare import Stored
+from medcl.data.prepare import AIR, Stored
 from medcl.data.prepare import prepare as prepare_volumes
 from medcl.data.scan import scan as scan_folder
 from medcl.data.store import default_store
 from medcl.errors import MedclError
 from medcl.run import log
 
+SAMPLED = 5  # volumes read to guess the modality
 SHOWN = 5  # problems told one by one; the rest stand in manifest.json
 
 
@@ -34,7 +38,26 @@ def load_source(source: str, channel: int | None = None) -> Manifest:
     """A manifest, from a folder of scans, a single volume or a file written by `medcl scan`."""
     if source.endswith(".json"):
         return Manifest.load(source)
-    return scan_folder(source, channel=channel, voxels=False)
+    return guess_modality(scan_folder(source, channel=channel, voxels=False))
+
+
+def guess_modality(manifest: Manifest) -> Manifest:
+    """Fills in CT where neither headers nor layout say so, and a few volumes hold air at -1000 HU.
+
+    Only headers were read so far; whether intensities are scaled by an HU window must not depend on that.
+    """
+    unknown = [case for case in manifest.cases if case.modality == "unknown"]
+    seen = []
+    for case in unknown[:SAMPLED]:
+        try:
+            seen.append(float(read_volume(manifest.image_paths(case), channel=case.channel).array.min()) <= AIR)
+        except MedclError:
+            continue  # told when the volume is prepared
+    if not seen or not all(seen):
+        return manifest
+    return manifest.with_cases(
+        tuple(replace(case, modality="CT") if case.modality == "unknown" else case for case in manifest.cases)
+    )
 
 
 def describe(manifest: Manifest) -> str:
@@ -82,7 +105,7 @@ def bar(items: Iterator[Any], total: int, title: str) -> Iterator[Any]:
 
 
 def prepare(config: PrepareConfig) -> tuple[list[Stored], Plan]:
-    """Prepares a folder of scans; the plan is written into the store's folder, or beside the one given.
+    """Prepares a folder of scans; a derived plan is written into `plans/` of the store.
 
     Raises:
         MedclError: nothing could be prepared, or a contradiction in the options.
@@ -96,9 +119,15 @@ def prepare(config: PrepareConfig) -> tuple[list[Stored], Plan]:
     stored, _ = prepare_all(manifest, plan, config.store, config.workers)
     root = Path(config.store) if config.store else default_store()
     if not config.plan:
-        plan.save(root / "plan.json")
-        log.info("Plan in %s: spacing %s mm, %s.", root / "plan.json", " x ".join(f"{s:g}" for s in plan.spacing),
-                 f"CT window {plan.window[0]:g} to {plan.window[1]:g} HU" if plan.normalise == "ct"
-                 else "intensities scaled volume by volume")  # fmt: skip
+        # one a source, and anew whenever the derived plan changes: a plan that a person has edited is never overwritten
+        digest = hashlib.sha256(f"{Path(config.source).resolve()}{plan}".encode()).hexdigest()[:8]
+        path = root / "plans" / f"{Path(config.source).resolve().stem}-{digest}.json"
+        if not path.exists():
+            plan.save(path)
+        scale = "intensities scaled volume by volume"
+        if plan.normalise == "ct":
+            scale = f"CT window {plan.window[0]:g} to {plan.window[1]:g} HU"
+        spacing = " x ".join(f"{s:g}" for s in plan.spacing)
+        log.info("Plan: spacing %s mm, %s. Edit %s and pass it with --plan to change it.", spacing, scale, path)
     log.info("%d volumes prepared in %s.", len(stored), root)
     return stored, plan

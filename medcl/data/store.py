@@ -50,13 +50,13 @@ class StoredVolume:
 
     def image(self, start: Sequence[int] = (0, 0, 0), size: Sequence[int] | None = None) -> np.ndarray:
         """Crop of the image, float32 (X, Y, Z). Beyond the volume the edge voxels go on."""
-        return _crop(self._image, self.shape, start, size or self.shape, np.float32, "edge")
+        return _crop(self._image, self.shape, start, size or self.shape, np.float32, True)
 
     def label(self, start: Sequence[int] = (0, 0, 0), size: Sequence[int] | None = None) -> np.ndarray:
         """Crop of the label map, uint8 (X, Y, Z). Beyond the volume it is background."""
         if self._label is None:
             raise MedclError("has no label", self.meta["case"], "Use a labelled case.")
-        return _crop(self._label, self.shape, start, size or self.shape, np.uint8, "constant")
+        return _crop(self._label, self.shape, start, size or self.shape, np.uint8, False)
 
     @property
     def foreground(self) -> dict[int, np.ndarray]:
@@ -65,12 +65,18 @@ class StoredVolume:
 
 
 def _crop(
-    array: Any, shape: Sequence[int], start: Sequence[int], size: Sequence[int], dtype: Any, mode: Any
+    array: Any, shape: Sequence[int], start: Sequence[int], size: Sequence[int], dtype: Any, repeat_edge: bool
 ) -> np.ndarray:
-    inside = [(max(s, 0), min(s + n, extent)) for s, n, extent in zip(start, size, shape, strict=True)]
-    out = np.asarray(array[tuple(slice(a, b) for a, b in inside)]).astype(dtype)
-    pad = [(a - s, s + n - b) for s, n, (a, b) in zip(start, size, inside, strict=True)]
-    return np.pad(out, pad, mode=mode) if any(map(any, pad)) else out
+    wanted = [np.arange(s, s + n) for s, n in zip(start, size, strict=True)]
+    nearest = [w.clip(0, extent - 1) for w, extent in zip(wanted, shape, strict=True)]
+    out = np.asarray(array[tuple(slice(n[0], n[-1] + 1) for n in nearest)]).astype(dtype)
+    outside = [n != w for n, w in zip(nearest, wanted, strict=True)]
+    if any(o.any() for o in outside):
+        out = out[np.ix_(*(n - n[0] for n in nearest))]
+        if not repeat_edge:
+            for axis, beyond in enumerate(outside):
+                out[(slice(None),) * axis + (beyond,)] = 0
+    return out
 
 
 @functools.lru_cache(maxsize=256)
@@ -101,8 +107,9 @@ def write_volume(path: Path, image: np.ndarray, label: np.ndarray | None, meta: 
         if label is not None:
             _write_array(part / "label.b2nd", label.astype(np.uint8))
         write_json(part / "meta.json", {**meta, "shape": list(image.shape), "labelled": label is not None})
-        shutil.rmtree(path, ignore_errors=True)  # only ever a damaged or superseded one
-        os.replace(part, path)
+        if not (path / "meta.json").exists():  # another process may have been faster
+            shutil.rmtree(path, ignore_errors=True)  # only ever a damaged one
+            os.replace(part, path)
     except OSError as error:
         raise disk_error(error, path) from error
     finally:

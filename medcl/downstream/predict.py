@@ -90,6 +90,13 @@ def predict(config: PredictConfig) -> Path:
 def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, ...], out: Path) -> Path:
     """Predicts `cases` into `out`, one file each, written whole or not at all."""
     problems: list[Problem] = []
+    inputs = {
+        path.resolve() for case in cases for path in (*manifest.image_paths(case), manifest.label_path(case)) if path
+    }
+    if any((out / f"{case.id}.nii.gz").resolve() in inputs for case in cases):
+        raise MedclError(
+            "holds the scans themselves, which the label maps would overwrite", out, "Choose another folder."
+        )
     trained = predictor.contract.plan.modality
     others = [case.id for case in cases if {case.modality, trained} == {"CT", "MR"}]
     if others:
@@ -103,7 +110,15 @@ def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, .
             continue
         for note in volume.notes:
             log.info("%s: %s.", case.id, note.rstrip("."))
-        write_nifti(out / f"{case.id}.nii.gz", predictor(volume), volume.affine)
+        try:
+            found = predictor(volume)
+        except (RuntimeError, ValueError) as error:
+            what = f"could not be predicted ({' '.join(str(error).split())[:120]})"
+            problems.append(
+                Problem(case.image[0], what, "If memory ran out, use a coarser spacing or --accelerator cpu.")
+            )
+            continue
+        write_nifti(out / f"{case.id}.nii.gz", found, volume.affine)
     tell_problems(manifest.with_cases(cases, tuple(problems)), before=len(manifest.problems))
     if len(problems) == len(cases):
         raise MedclError("no volume could be predicted", manifest.root, "See the problems above.")

@@ -192,7 +192,8 @@ class Validate(Callback):
             found, truth = scores.argmax(0), module.channel_of.cpu().numpy()[volume.label()]  # type: ignore[operator]
             by_subject.setdefault(subject, []).append(mean_dice(found, truth, len(scores)))
         module.train()
-        return float(np.nanmean([np.nanmean(values) for values in by_subject.values()]))
+        means = [np.mean(known) for values in by_subject.values() if (known := [v for v in values if not np.isnan(v)])]
+        return float(np.mean(means)) if means else 0.0
 
 
 def mean_dice(found: np.ndarray, truth: np.ndarray, classes: int) -> float:

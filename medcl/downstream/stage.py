@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytorch_lightning as pl
 
 from medcl.checkpoint import Contract, load_weights, save_weights, transfer
@@ -21,7 +22,7 @@ from medcl.downstream.segmentation import SegmentationModule, Validate
 from medcl.errors import MedclError
 from medcl.networks.backbones import Backbone, BackboneSpec, build_backbone
 from medcl.run import log, open_run, write_provenance
-from medcl.training import LAST, choose_accelerator, choose_precision, hours, resume_step, trainer_for
+from medcl.training import choose_accelerator, choose_precision, fit, hours, resume_step, trainer_for
 from medcl.transforms.compose import StrongAugmentation, strong_augmentation
 
 FOREGROUND = 0.5  # share of patches that must contain a label
@@ -53,6 +54,7 @@ def finetune(config: FinetuneConfig) -> Path:
     pl.seed_everything(config.seed + config.draw, verbose=False)
     backbone = choose_backbone(config, contract, plan, len(values) + 1)
     taken = transfer(*pretrained, backbone, config.init) if pretrained else None
+    seen = sorted(set(contract.subjects) & {*split.val, *split.test}) if contract else []
 
     run = open_run(config.out, config, "finetune", config.resume)
     first = resume_step(run) if config.resume else 0
@@ -60,6 +62,9 @@ def finetune(config: FinetuneConfig) -> Path:
     tell_problems(manifest)
     if taken:
         log.info("%s: %s.", config.init, taken)
+    if seen:
+        log.warning("%d validation or test subjects were seen in pretraining, such as %s: scores may flatter.",
+                    len(seen), seen[0])  # fmt: skip
     used = cases_of(manifest, (*split.labelled, *split.val), labelled=True)
     stored, left = prepare_all(manifest, plan, config.store, cases=used)
     plan.save(run / "plan.json")
@@ -67,8 +72,13 @@ def finetune(config: FinetuneConfig) -> Path:
     split.save(run / "split.json")
     train = [item for item in stored if item.case.subject in split.labelled]
     val = [(item.case.subject, item.path) for item in stored if item.case.subject in split.val]
-    if not train:
-        raise MedclError("none of the drawn labelled volumes can be used", config.source, "See the problems above.")
+    lost = sorted(set(split.labelled) - {item.case.subject for item in train})
+    if lost:
+        raise MedclError(
+            f"the labelled volumes of {', '.join(lost)} cannot be used",
+            config.source,
+            "Mend them, or use another --draw.",
+        )
     drawn = ", ".join(split.labelled[:8]) + (", ..." if len(split.labelled) > 8 else "")
     log.info(
         "Training on %d volumes of %d labelled subjects (draw %d: %s).",
@@ -97,9 +107,7 @@ def finetune(config: FinetuneConfig) -> Path:
         run, steps=config.steps, accelerator=accelerator, precision=precision, seed=config.seed + config.draw,
         every=config.checkpoint_every, title="finetune", resume_step=first, callbacks=(validate,),
     )  # fmt: skip
-    trainer.fit(module, ckpt_path=str(run / LAST) if config.resume else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    fit(trainer, module, run if first else None)
     facts = {"best_step": validate.best_step, "val_dice": validate.best if val else None}
     write_provenance(
         run, began, accelerator=accelerator, precision=precision, seed=config.seed, resumed_at=first, **facts
@@ -117,6 +125,8 @@ def check(config: FinetuneConfig) -> None:
             raise MedclError(f"{getattr(config, name)} is not positive", f"--{name}", "Give at least 1.")
     if config.lr <= 0:
         raise MedclError(f"{config.lr} is not positive", "--lr", "Give a positive number.")
+    if config.seed < 0 or config.draw < 0 or config.workers < 0:
+        raise MedclError("negative", "--seed, --draw or --workers", "Give 0 or more.")
     if config.augment not in ("strong", "none"):
         raise MedclError(f"unknown augmentation {config.augment!r}", "--augment", "Use strong or none.")
 
@@ -128,6 +138,11 @@ def choose_plan(manifest: Manifest, config: FinetuneConfig, contract: Contract |
     """
     if config.plan or contract is None:
         plan = plan_for(manifest, config.plan, device=device, n4=config.n4)
+        if contract and plan.preparation() != contract.plan.preparation():
+            raise MedclError(
+                "prepares volumes otherwise than the pretrained network has seen them", config.plan,
+                f"Use the plan of {config.init}, or leave out --plan.",
+            )  # fmt: skip
         return plan if plan.labels else replace(plan, labels=manifest.label_names)
     kept = contract.plan
     if manifest.cases and {kept.modality, *(c.modality for c in manifest.cases)} >= {"CT", "MR"}:
@@ -151,7 +166,7 @@ def label_values(manifest: Manifest, plan: Plan) -> tuple[int, ...]:
         path = manifest.label_path(case)
         assert path is not None
         try:
-            found |= {int(v) for v in set(read_volume([path]).array.ravel().tolist()) if v == int(v)}
+            found |= {int(value) for value in np.unique(read_volume([path]).array)}
         except MedclError:
             continue  # told when the case is prepared
     values = tuple(sorted(v for v in found if 0 < v < 256))

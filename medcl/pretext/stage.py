@@ -25,11 +25,11 @@ from medcl.pretext.base import PretextTask
 from medcl.pretext.registry import task_class
 from medcl.run import log, open_run, write_provenance
 from medcl.training import (
-    LAST,
     adamw,
     autocast,
     choose_accelerator,
     choose_precision,
+    fit,
     hours,
     peak_memory,
     preserved,
@@ -62,7 +62,7 @@ class PretextModule(pl.LightningModule):
         return {k: v if k == "seed" else v.to(device, non_blocking=True) for k, v in batch.items()}
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             views = self.task.views(batch["image"], batch["seed"])
         return self.task.loss(views)
 
@@ -133,9 +133,7 @@ def pretrain(config: PretrainConfig) -> Path:
         run, steps=config.steps, accelerator=accelerator, precision=precision, seed=config.seed,
         every=config.checkpoint_every, title=f"pretrain {config.task}", resume_step=first,
     )  # fmt: skip
-    trainer.fit(module, ckpt_path=str(run / LAST) if config.resume else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    fit(trainer, module, run if first else None)
     save_weights(run, task.backbone, contract_of(task, config, plan, spec, stored))
     write_provenance(run, began, accelerator=accelerator, precision=precision, seed=config.seed, resumed_at=first)
     log.info("Encoder in %s after %s.", run / "weights", hours(time.monotonic() - began))
@@ -149,8 +147,10 @@ def check(config: PretrainConfig) -> None:
             raise MedclError(f"{getattr(config, name)} is not positive", f"--{name}", "Give at least 1.")
     if config.lr <= 0:
         raise MedclError(f"{config.lr} is not positive", "--lr", "Give a positive number.")
-    if config.subjects not in ("auto", "train", "all"):
-        raise MedclError(f"unknown subjects {config.subjects!r}", "--subjects", "Use auto, train or all.")
+    if config.subjects not in ("auto", "all"):
+        raise MedclError(f"unknown subjects {config.subjects!r}", "--subjects", "Use auto or all.")
+    if config.seed < 0 or config.workers < 0:
+        raise MedclError("negative", "--seed or --workers", "Give 0 or more.")
 
 
 def choose_subjects(manifest: Manifest, config: PretrainConfig) -> tuple[tuple[str, ...], Split | None]:

@@ -68,6 +68,7 @@ class VoCo(PretextTask):
     def __init__(self, backbone: Backbone, plan: Plan, options: dict[str, Any]):
         super().__init__(backbone, plan, options)
         chosen: VoCoOptions = self.options
+        check_options(chosen)
         self.crop_size, self.grid = base_grid(plan, chosen.crop_size, chosen.grid, chosen.max_bases)
         self.input_size = network_input(self.crop_size, backbone.multiple)
         x, y, z = (n * g for n, g in zip(self.crop_size, self.grid, strict=True))
@@ -128,18 +129,39 @@ class VoCo(PretextTask):
         self.teacher.update(student, cosine_momentum(self.options.momentum, progress))
 
 
+def check_options(options: VoCoOptions) -> None:
+    """Refuses values that cannot work.
+
+    Raises:
+        MedclError: a count is not a positive number, or a share not between 0 and 1.
+    """
+    for name in ("crops", "max_bases", "hidden", "embedding"):
+        if not isinstance(getattr(options, name), int) or getattr(options, name) < 1:
+            raise MedclError(f"{name} is {getattr(options, name)!r}", "options of voco", "Give a positive number.")
+    for name in ("momentum", "feature_dropout", "flip"):
+        value = getattr(options, name)
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise MedclError(f"{name} is {value!r}", "options of voco", "Give a number between 0 and 1.")
+    for name in ("crop_size", "grid"):
+        value = getattr(options, name)
+        if value is not None and (len(value) != 3 or not all(isinstance(n, int) and n > 0 for n in value)):
+            raise MedclError(f"{name} is {value!r}", "options of voco", "Give three positive numbers.")
+
+
 def base_grid(
     plan: Plan, crop_size: Triple | None = None, grid: Triple | None = None, max_bases: int = 16
 ) -> tuple[Triple, Triple]:
     """Crop size and base grid for the plan's volumes.
 
-    A crop spans half of the shortest axis that can be halved, at most 64 voxels, and all of a thick axis with too few
-    slices to share; the grid is what then fits into the median volume.
+    A crop spans half of the shortest axis that can be halved, at most 64 voxels and an eighth of a fine-tuning patch,
+    and all of a thick axis with too few slices to share; the grid is what then fits into the median volume.
 
     Raises:
         MedclError: only one base crop fits, so there is no position to tell.
     """
     multiple, volume = plan.total_stride, plan.volume_size
+    crop_size = None if crop_size is None else (crop_size[0], crop_size[1], crop_size[2])
+    grid = None if grid is None else (grid[0], grid[1], grid[2])
     if crop_size is None:
         finest = min(plan.spacing)
         halves = [(n // 2) // m * m for n, m in zip(volume, multiple, strict=True)]
@@ -150,10 +172,17 @@ def base_grid(
         # a crop as near to a cube in mm as the axes allow
         side = min((h * s for h, s, ok in zip(halves, plan.spacing, able, strict=True) if ok), default=0.0)
         side = min(side, LARGEST_CROP * finest)
-        sizes = [
-            max(2 * m, round(side / step / m) * m) if ok else -(-n // m) * m
-            for step, m, n, ok in zip(plan.spacing, multiple, volume, able, strict=True)
-        ]
+
+        def sizes_for(side: float) -> list[int]:
+            return [
+                max(2 * m, round(side / step / m) * m) if ok else -(-n // m) * m
+                for step, m, n, ok in zip(plan.spacing, multiple, volume, able, strict=True)
+            ]
+
+        # a step looks at a dozen or two of crops twice: an eighth of a fine-tuning patch each is what fits beside it
+        while math.prod(sizes_for(side)) > math.prod(plan.patch_size) / 8 and sizes_for(0.9 * side) != sizes_for(0):
+            side *= 0.9
+        sizes = sizes_for(side)
         crop_size = (sizes[0], sizes[1], sizes[2])
     if grid is None:
         counts = [max(1, n // c) for n, c in zip(volume, crop_size, strict=True)]
