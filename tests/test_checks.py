@@ -88,3 +88,8 @@ def test_negative_and_nan_labels():
         check_label_values(np.array([0, -1, 2], np.int16))
     with pytest.raises(MedclError, match="NaN"):
         check_label_values(np.array([0, np.nan, 2]))
+
+
+def test_labels_that_do_not_fit_a_byte_are_refused():
+    with pytest.raises(MedclError, match="above 255, such as 500"):
+        check_label_values(np.array([0, 500], dtype=np.int16), "label.nii.gz")

@@ -314,3 +314,98 @@ def test_a_loss_that_is_not_finite_stops_the_run(phantoms, tmp_path, monkeypatch
     monkeypatch.setattr(VoCo, "loss", broken)
     with pytest.raises(MedclError, match="not finite"):
         medcl.pretrain(pretraining(phantoms, tmp_path / "x"))
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_can_be_resumed(tmp_path, phantoms, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 1)
+        medcl.pretrain(pretraining(phantoms, tmp_path / "cut"))
+    run = medcl.pretrain(pretraining(phantoms, tmp_path / "cut", resume=True))
+    assert read_metrics(run)[-1]["step"] == 6
+
+
+def test_an_interruption_comes_out_as_one_and_leaves_the_signal_alone(tmp_path, phantoms, monkeypatch):
+    import signal
+
+    from medcl.training import SeedEveryStep
+
+    def interrupt(self, trainer, module, *args):
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(SeedEveryStep, "on_train_batch_start", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        medcl.pretrain(pretraining(phantoms, tmp_path / "x"))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_scans_are_never_overwritten_by_predictions(runs, phantoms):
+    images = phantoms / "imagesTr"
+    before = {path: path.read_bytes() for path in images.iterdir()}
+    with pytest.raises(MedclError, match="holds the scans themselves"):
+        medcl.predict(PredictConfig(str(runs / "fine"), str(images), str(images)))
+    assert before == {path: path.read_bytes() for path in images.iterdir()}
+
+
+def test_another_split_than_pretrainings_is_told(runs, phantoms, tmp_path):
+    run = medcl.finetune(finetuning(phantoms, tmp_path / "x", init=str(runs / "pre"), split_seed=5, steps=1))
+    assert "were seen in pretraining" in (run / "log.txt").read_text()
+    assert "were seen in pretraining" not in (runs / "fine" / "log.txt").read_text()
+
+
+def test_a_plan_that_prepares_otherwise_than_pretraining_is_refused(runs, phantoms, tmp_path):
+    plan = json.loads((runs / "pre" / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "spacing": [3, 3, 3]}))
+    with pytest.raises(MedclError, match="prepares volumes otherwise"):
+        medcl.finetune(finetuning(phantoms, tmp_path / "x", init=str(runs / "pre"), plan=str(tmp_path / "plan.json")))
+
+
+def test_a_drawn_subject_whose_volume_is_bad_is_an_error(phantoms, tmp_path, runs):
+    copy = tmp_path / "copy"
+    shutil.copytree(phantoms, copy)
+    drawn = json.loads((runs / "fine" / "split.json").read_text())["labelled"][0]
+    label = next((copy / "labelsTr").glob(f"{drawn}*"))
+    nifti = nib.load(label)
+    nib.save(nib.Nifti1Image(np.asarray(nifti.dataobj).astype(np.float32) + 0.5, nifti.affine), label)
+    with pytest.raises(MedclError, match=f"labelled volumes of {drawn} cannot be used"):
+        medcl.finetune(finetuning(copy, tmp_path / "x", width=4))
+
+
+def test_weights_of_another_state_are_cleared_only_once_the_new_contract_stands(tmp_path, monkeypatch):
+    from medcl import checkpoint
+    from medcl.checkpoint import Contract, save_weights
+    from medcl.data.plan import Plan
+    from medcl.networks.backbones import BackboneSpec, build_backbone
+
+    spec = BackboneSpec(width=4)
+    first = build_backbone(spec)
+    contract = Contract("pretrained", spec, Plan(), ("encoder",), "voco")
+    save_weights(tmp_path, first, contract)
+
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "write_json", killed)
+        save_weights(tmp_path, build_backbone(spec), contract)
+    _, state = load_weights(tmp_path)
+    assert all(torch.equal(state[k], v) for k, v in first.net.state_dict().items())
+    save_weights(tmp_path, build_backbone(spec), contract)
+    assert len(list((tmp_path / "weights").glob("*.safetensors"))) == 1
+
+
+def test_ct_is_recognised_by_its_air_whether_or_not_voxels_were_scanned(tmp_path):
+    from medcl.data.stage import load_source
+
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        voxels = rng.normal(0, 50, (12, 12, 12)).astype(np.int16)
+        voxels[:4] = -1000
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / f"scan{i}.nii.gz")
+    assert {case.modality for case in load_source(str(tmp_path)).cases} == {"CT"}
+
+
+@pytest.mark.parametrize("value,told", [(0, "crops is 0"), ("many", "crops is 'many'")])
+def test_options_that_cannot_work_are_one_line(phantoms, tmp_path, value, told):
+    with pytest.raises(MedclError, match=told):
+        medcl.pretrain(pretraining(phantoms, tmp_path / "x", options={"crops": value}))
