@@ -189,7 +189,7 @@ def test_report_of_an_empty_folder_and_of_a_pretraining_run(tmp_path):
     run = tmp_path / "pretraining"
     run.mkdir()
     (run / "config.yaml").write_text("stage: pretrain\ntask: voco\nbackbone: unet\n")
-    (run / "metrics.csv").write_text("step,loss,lr\n" + "".join(f"{s},{3 - s / 10},0.1\n" for s in range(20)))
+    (run / "metrics.csv").write_text("step,loss,lr\n" + "".join(f"{s + 1},{3 - s / 10},0.1\n" for s in range(20)))
     page = Page(write_run_report(run))
     assert page.sections() == ["Training", "How it was made"] and "Pretraining · voco · unet" in page.text
     assert "Loss from 2.95 to 1.15 in 20 steps; not yet scored" in page.text

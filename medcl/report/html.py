@@ -60,7 +60,7 @@ def write_run_report(run: Path) -> Path:
         html.section("Best, median and worst", *_extremes(run, manifest, rows)),
         html.section("Training", *sections.curves(series)),
         html.section("What was read", *sections.what_was_read(manifest, split)),
-        html.section("The plan", html.facts({key: html.readable(value) for key, value in plan.items()})),
+        html.section("The plan", html.facts({key: html.readable(plan[key]) for key in _told(plan)})),
         html.section("How it was made", *sections.how_it_was_made(config, provenance)),
     ]
     about = " · ".join(str(each) for each in (kind, config.get("task"), config.get("backbone")) if each)
@@ -111,6 +111,12 @@ def write_comparison_report(
     path = Path(out) / "report.html"
     write_text(path, html.page(f"{first} against {second}", about, body))
     return path
+
+
+def _told(plan: Mapping[str, Any]) -> list[str]:
+    """The keys of a plan that say something: an HU window does where it is used."""
+    silent = {"medcl_plan"} | (set() if plan.get("normalise") == "ct" else {"window"})
+    return [key for key in plan if key not in silent]
 
 
 def _extremes(run: Path, manifest: Manifest | None, rows: Sequence[Row]) -> list[str]:

@@ -24,7 +24,7 @@ def headline(config: Mapping[str, Any], scores: Mapping[str, Any] | None, series
         steps, loss = series.get("loss", (np.empty(0), np.empty(0)))
         tenth = max(1, len(loss) // 10)
         fell = f"{np.median(loss[:tenth]):.3g} to {np.median(loss[-tenth:]):.3g}" if len(loss) else ""
-        return f"Loss from {fell} in {int(steps[-1]) + 1} steps; not yet scored on a test set." if fell else ""
+        return f"Loss from {fell} in {int(steps[-1])} steps; not yet scored on a test set." if fell else ""
     interval = Interval.from_dict(scores["mean"]["dice"])
     trained = f", trained with {config['labels']} labelled subjects" if "labels" in config else ""
     start = config.get("init")
