@@ -25,12 +25,12 @@ from medcl.transforms import (
     RandomSpatial,
     RandomTransform,
     StrongAugmentation,
-    WeakIntensity,
+    ViewIntensity,
     mix,
     mix_seeds,
     noise_like,
     strong_augmentation,
-    weak_intensity,
+    view_intensity,
 )
 from medcl.transforms.linear import bspline_matrix, gaussian_matrix, low_resolution_matrix
 from medcl.transforms.random import _finalise, bernoulli, normal, uniform
@@ -50,7 +50,7 @@ EVERY = {
     "bias_field": RandomBiasField(probability=0.6),
     "coarse_dropout": RandomCoarseDropout(probability=0.6),
     "strong": strong_augmentation(),
-    "weak": weak_intensity(),
+    "weak": view_intensity(),
 }
 
 
@@ -516,9 +516,9 @@ def test_presets_take_overrides_and_know_the_modality() -> None:
     image, label = volumes()
     out, moved = strong_augmentation(preset=StrongAugmentation(**off))(image, SEEDS, label)  # type: ignore[arg-type]
     assert torch.equal(out, image) and torch.equal(moved, label)
-    for make in (strong_augmentation, weak_intensity):
+    for make in (strong_augmentation, view_intensity):
         kinds = [{type(t) for t in make(modality).transforms} for modality in ("MR", "CT")]
         assert kinds[0] - kinds[1] == {RandomBiasField}
-    weak = weak_intensity(preset=WeakIntensity(p_bias=1, p_noise=1, p_blur=1, p_gamma=1))(image, SEEDS)
+    weak = view_intensity(preset=ViewIntensity(p_bias=1, p_noise=1, p_blur=1, p_gamma=1))(image, SEEDS)
     correlation = np.corrcoef(weak.flatten().numpy(), image.flatten().numpy())[0, 1]
     assert correlation > 0.8

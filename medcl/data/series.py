@@ -221,7 +221,7 @@ def _pixels(one: Slice) -> np.ndarray:
         data = pydicom.dcmread(one.path)
     try:
         pixels = data.pixel_array
-    except Exception:
+    except Exception:  # pydicom raises a kind for every missing decoder; ITK brings decoders of its own
         if not data.file_meta.TransferSyntaxUID.is_compressed:
             raise
         import SimpleITK as sitk

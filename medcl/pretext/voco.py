@@ -22,10 +22,10 @@ from medcl.networks.backbones import Backbone
 from medcl.networks.ema import MomentumTeacher, cosine_momentum
 from medcl.networks.heads import ProjectionHead, pooled_pyramid
 from medcl.pretext.base import PretextTask, Triple
-from medcl.transforms.compose import strong_intensity, weak_intensity
+from medcl.transforms.compose import STRONG_VIEWS, ViewIntensity, view_intensity
 from medcl.transforms.random import mix_seeds, uniform
 
-INTENSITY = {"none": None, "weak": weak_intensity, "strong": strong_intensity}
+INTENSITY = {"none": None, "weak": ViewIntensity(), "strong": STRONG_VIEWS}
 LARGEST_CROP = 64
 FEWEST_FEATURES = 4  # voxels of the coarsest map: instance norm and pooling need some to speak of
 
@@ -78,8 +78,8 @@ class VoCo(PretextTask):
         self.teacher = MomentumTeacher(nn.ModuleDict({"backbone": backbone, "head": self.projection_head}))
         if chosen.intensity not in INTENSITY:
             raise MedclError(f"unknown intensity {chosen.intensity!r}", "voco", f"Use one of {', '.join(INTENSITY)}.")
-        chain = INTENSITY[chosen.intensity]
-        self._intensity = chain(plan.modality, plan.spacing) if chain else None
+        preset = INTENSITY[chosen.intensity]
+        self._intensity = view_intensity(plan.modality, plan.spacing, preset) if preset else None
 
     def describe(self) -> str:
         size = " x ".join(map(str, self.crop_size))

@@ -4,9 +4,9 @@ from medcl.transforms.base import Params, RandomTransform
 from medcl.transforms.compose import (
     Compose,
     StrongAugmentation,
-    WeakIntensity,
+    ViewIntensity,
     strong_augmentation,
-    weak_intensity,
+    view_intensity,
 )
 from medcl.transforms.intensity import (
     RandomBiasField,
@@ -33,10 +33,10 @@ __all__ = [
     "RandomSpatial",
     "RandomTransform",
     "StrongAugmentation",
-    "WeakIntensity",
+    "ViewIntensity",
     "mix",
     "mix_seeds",
     "noise_like",
     "strong_augmentation",
-    "weak_intensity",
+    "view_intensity",
 ]

@@ -123,8 +123,8 @@ class StrongAugmentation:
 
 
 @dataclass(frozen=True)
-class WeakIntensity:
-    """Mild appearance changes for pretext views; nothing moves."""
+class ViewIntensity:
+    """Appearance changes for pretext views; nothing moves. Mild by default."""
 
     bias_strength: Range = (0.0, 0.15)
     p_bias: float = 0.3  # MR only
@@ -138,30 +138,28 @@ class WeakIntensity:
     p_contrast: float = 0.3
     gamma: Range = (0.85, 1.2)
     p_gamma: float = 0.2
+    p_gamma_inverted: float = 0.0
 
 
-@dataclass(frozen=True)
-class StrongIntensity:
-    """Appearance changes for pretext views that should be told by anatomy, not by matching grey values or noise."""
-
-    bias_strength: Range = (0.1, 0.4)
-    p_bias: float = 0.5  # MR only
-    noise_std: Range = (0.0, 0.2)
-    p_noise: float = 0.5
-    blur_sigma: Range = (0.4, 1.0)
-    p_blur: float = 0.3
-    brightness: Range = (0.7, 1.3)
-    p_brightness: float = 0.5
-    contrast: Range = (0.65, 1.5)
-    p_contrast: float = 0.5
-    gamma: Range = (0.5, 2.0)
-    p_gamma: float = 0.5
-
-
-Intensity = StrongAugmentation | WeakIntensity | StrongIntensity
+# for views that should be told by anatomy, not by matching grey values or noise
+STRONG_VIEWS = ViewIntensity(
+    bias_strength=(0.1, 0.4),
+    p_bias=0.5,
+    noise_std=(0.0, 0.2),
+    p_noise=0.5,
+    blur_sigma=(0.4, 1.0),
+    p_blur=0.3,
+    brightness=(0.7, 1.3),
+    p_brightness=0.5,
+    contrast=(0.65, 1.5),
+    p_contrast=0.5,
+    gamma=(0.5, 2.0),
+    p_gamma=0.5,
+    p_gamma_inverted=0.25,
+)
 
 
-def _intensity(modality: str, preset: Intensity) -> list[RandomTransform]:
+def _intensity(modality: str, preset: StrongAugmentation | ViewIntensity) -> list[RandomTransform]:
     chain: list[RandomTransform] = []
     if modality != "CT":  # Hounsfield units know no coil
         chain.append(RandomBiasField(preset.bias_strength, probability=preset.p_bias))
@@ -201,19 +199,13 @@ def strong_augmentation(
     return Compose([spatial, *_intensity(modality, preset), *last], spacing)
 
 
-def weak_intensity(
-    modality: str = "MR", spacing: Spacing = (1.0, 1.0, 1.0), preset: WeakIntensity | None = None
+def view_intensity(
+    modality: str = "MR", spacing: Spacing = (1.0, 1.0, 1.0), preset: ViewIntensity | None = None
 ) -> Compose:
-    """Mild intensity changes for pretext crops; arguments as in `strong_augmentation`."""
-    preset = preset or WeakIntensity()
-    return Compose([*_intensity(modality, preset), RandomGamma(preset.gamma, probability=preset.p_gamma)], spacing)
-
-
-def strong_intensity(
-    modality: str = "MR", spacing: Spacing = (1.0, 1.0, 1.0), preset: StrongIntensity | None = None
-) -> Compose:
-    """Strong intensity changes for pretext crops; arguments as in `strong_augmentation`."""
-    preset = preset or StrongIntensity()
-    inverted = RandomGamma(preset.gamma, invert=True, probability=preset.p_gamma / 2)
-    last = [inverted, RandomGamma(preset.gamma, probability=preset.p_gamma)]
+    """Intensity changes for pretext crops, mild by default; arguments as in `strong_augmentation`."""
+    preset = preset or ViewIntensity()
+    last = [
+        RandomGamma(preset.gamma, probability=preset.p_gamma),
+        RandomGamma(preset.gamma, invert=True, probability=preset.p_gamma_inverted),
+    ]
     return Compose([*_intensity(modality, preset), *last], spacing)
