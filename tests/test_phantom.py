@@ -45,9 +45,11 @@ def test_a_subject_does_not_depend_on_how_many_are_written(folder: Path, tmp_pat
 
 def test_every_organ_is_there_in_a_sensible_volume(subjects: list[Subject]) -> None:
     for subject in subjects:
-        millilitres = np.bincount(subject.label.ravel(), minlength=len(LABELS)) * abs(
-            np.linalg.det(subject.affine[:3, :3])
-        ) / 1000
+        millilitres = (
+            np.bincount(subject.label.ravel(), minlength=len(LABELS))
+            * abs(np.linalg.det(subject.affine[:3, :3]))
+            / 1000
+        )
         assert len(millilitres) == len(LABELS)
         assert 130 < millilitres[1] < 500, "liver"
         assert (millilitres[2:] > 10).all() and (millilitres[2:] < 130).all(), millilitres

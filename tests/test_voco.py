@@ -141,8 +141,8 @@ def test_views_depend_on_each_samples_seed_only():
     task = small_task()
     volume = torch.randn(3, 1, *task.read_size)
     seeds = torch.tensor([5, 6, 7])
-    whole = task.views(volume.clone(), seeds)
-    alone = task.views(volume[1:2].clone(), seeds[1:2])
+    whole = task.views({"image": volume.clone(), "seed": seeds})
+    alone = task.views({"image": volume[1:2].clone(), "seed": seeds[1:2]})
     for name in ("crops", "bases", "labels"):
         torch.testing.assert_close(whole[name][1:2], alone[name])
 
@@ -150,7 +150,7 @@ def test_views_depend_on_each_samples_seed_only():
 def test_without_augmentation_a_crop_is_found_where_its_label_says():
     task = small_task(flip=0.0, intensity="none")
     volume = torch.randn(1, 1, *task.read_size)
-    views = task.views(volume, torch.tensor([3]))
+    views = task.views({"image": volume, "seed": torch.tensor([3])})
     best = views["labels"][0, 0].argmax()
     shared = np.intersect1d(views["crops"][0, 0].numpy(), views["bases"][0, best].numpy()).size
     assert shared == pytest.approx(float(views["labels"][0, 0, best]) * 16**3, abs=1)
@@ -179,7 +179,7 @@ def test_momentum_rises_to_one():
 
 def test_one_batch_of_views_can_be_learned():
     task = small_task(flip=0.0, intensity="none", feature_dropout=0.0, momentum=0.9)
-    views = task.views(torch.randn(2, 1, *task.read_size), torch.tensor([1, 2]))
+    views = task.views({"image": torch.randn(2, 1, *task.read_size), "seed": torch.tensor([1, 2])})
     optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], 2e-3)
     losses = []
     for _ in range(40):

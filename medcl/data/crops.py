@@ -83,6 +83,58 @@ class CropDataset(Dataset):
         return random_start(volume.shape, self.size, rng)
 
 
+class Anywhere:
+    """One read a volume, at a random place."""
+
+    count = 1
+
+    def __call__(self, shape: Sequence[int], size: Sequence[int], rng: np.random.Generator) -> list[list[int]]:
+        """First voxels of the reads of a volume of `shape`."""
+        return [random_start(shape, size, rng)]
+
+
+class ReadDataset(Dataset):
+    """Sample number to the reads of one volume that a pretext task asks for.
+
+    Args:
+        volumes: folders of the store.
+        size: voxels of a read.
+        seed: of the order of volumes and the places.
+        places: where to read in a volume of a given shape; always `places.count` reads.
+
+    A sample is a dict whose tensors have one row a read: `image` (R, 1, X, Y, Z) float32, `seed` (R,), `volume` (R,)
+    the volume's number, `start` (R, 3) first voxel in the volume (negative where the volume is smaller), `extent`
+    (R, 3) voxels of the volume.
+    """
+
+    def __init__(self, volumes: Sequence[Path], size: Sequence[int], seed: int, places: Anywhere | None = None):
+        self.crops = CropDataset(volumes, size, seed)
+        self.places = places or Anywhere()
+
+    def __len__(self) -> int:
+        return len(self.crops.volumes)
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        crops = self.crops
+        rng = np.random.default_rng([crops.seed, 2, number])
+        path = crops.volume_of(number)
+        volume = open_volume(path)
+        starts = self.places(volume.shape, crops.size, rng)
+        index = crops.volumes.index(path)
+        return {
+            "image": torch.stack([torch.from_numpy(volume.image(start, crops.size))[None] for start in starts]),
+            "seed": torch.from_numpy(rng.integers(0, 2**62, len(starts))),
+            "volume": torch.full((len(starts),), index),
+            "start": torch.tensor(starts),
+            "extent": torch.tensor(volume.shape).repeat(len(starts), 1),
+        }
+
+
+def join_reads(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The reads of several volumes as one batch, volume after volume."""
+    return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+
+
 class StepBatches(Sampler[list[int]]):
     """Batches of sample numbers from step `first` on, for this rank out of `world`.
 
@@ -99,11 +151,12 @@ class StepBatches(Sampler[list[int]]):
             yield list(range(begin, begin + self.batch))
 
 
-def crop_loader(dataset: CropDataset, batches: StepBatches, workers: int = 0, pin: bool = False) -> DataLoader:
+def crop_loader(dataset: Dataset, batches: StepBatches, workers: int = 0, pin: bool = False) -> DataLoader:
     """Loader of `dataset` over `batches`; workers compute on one thread each."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
+        collate_fn=join_reads if isinstance(dataset, ReadDataset) else None,
         num_workers=workers,
         pin_memory=pin,
         persistent_workers=workers > 0,

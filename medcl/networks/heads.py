@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from medcl.networks.ranks import sum_over_ranks, world_size
 
 
 def pooled_pyramid(features: Sequence[Tensor]) -> Tensor:
@@ -15,6 +18,23 @@ def pooled_pyramid(features: Sequence[Tensor]) -> Tensor:
     level directly.
     """
     return torch.cat([feature.flatten(2).mean(2) for feature in features], dim=1)
+
+
+class JoinedBatchNorm(nn.Module):
+    """Batch norm (N, d) by the statistics of all ranks' rows together; no affine part and no running statistics.
+
+    It behaves the same in training and evaluation, and on two ranks as on one with the joined batch.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if world_size() == 1:
+            return F.batch_norm(x, None, None, training=True)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.float()
+            count = sum_over_ranks(rows.new_tensor(float(len(rows))))
+            mean = sum_over_ranks(rows.sum(0)) / count
+            spread = sum_over_ranks((rows - mean).square().sum(0)) / count
+            return ((rows - mean) * torch.rsqrt(spread + 1e-5)).to(x.dtype)
 
 
 class ProjectionHead(nn.Sequential):
@@ -37,7 +57,7 @@ class ProjectionHead(nn.Sequential):
         for _ in range(layers - 1):
             steps += [
                 nn.Linear(width, hidden, bias=False),
-                nn.BatchNorm1d(hidden, affine=False, track_running_stats=False),
+                JoinedBatchNorm(),
                 nn.ReLU(inplace=True),
             ]
             width = hidden

@@ -1,18 +1,45 @@
-"""What a pretext task is, and the one training loop all of them share."""
+"""What a pretext task is.
+
+A step runs `views` (data), `embed` (networks) and `objective` (mathematics), in that order. The split is what lets the
+toolkit ask of any task what its loss would be at a trivial solution, and join the batches of several ranks.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from medcl.config import from_mapping
+from medcl.data.crops import Anywhere
 from medcl.data.plan import Plan
+from medcl.errors import MedclError
 from medcl.networks.backbones import Backbone
+from medcl.networks.ranks import gather_rows, world_size
 
 Triple = tuple[int, int, int]
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Embeddings of a step, and which pairs of them the task draws together or pushes apart.
+
+    Attributes:
+        z: embeddings (n, d), not normalised.
+        positive: (n, n) bool, symmetric, the diagonal False.
+        negative: (n, n) bool, symmetric, the diagonal False.
+        features: what the heads were given, (m, D): the representation that is kept. None where `z` is that.
+    """
+
+    z: Tensor
+    positive: Tensor
+    negative: Tensor
+    features: Tensor | None = None
 
 
 class PretextTask(nn.Module, ABC):
@@ -24,12 +51,17 @@ class PretextTask(nn.Module, ABC):
     Attributes:
         Options: frozen dataclass of the task's own settings.
         trains: the parts of the backbone whose weights are worth keeping: `encoder`, `decoder`.
+        gathers: whether the objective looks at the joined batch of all ranks. A mean over a rank's own voxels need not.
+        needs_volumes: the fewest different volumes it can learn from.
         backbone: the student.
-        read_size: voxels that are read of every volume for a step.
+        read_size: voxels of a read.
+        places: where the reads of a volume lie.
     """
 
     Options: ClassVar[type]
-    trains: ClassVar[tuple[str, ...]] = ("encoder",)
+    trains: tuple[str, ...] = ("encoder",)
+    gathers: ClassVar[bool] = True
+    needs_volumes: int = 1
     read_size: Triple
 
     def __init__(self, backbone: Backbone, plan: Plan, options: dict[str, Any]):
@@ -37,17 +69,88 @@ class PretextTask(nn.Module, ABC):
         self.backbone = backbone
         self.plan = plan
         self.options: Any = from_mapping(self.Options, options, "options of the task")
+        self.places = Anywhere()
 
     @abstractmethod
-    def views(self, volume: Tensor, seeds: Tensor) -> dict[str, Tensor]:
-        """Views of a batch of read volumes (B, 1, *read_size); a pure function of them and of the seeds (B,)."""
+    def views(self, batch: Tensors) -> Tensors:
+        """Views of a batch of reads, every tensor with leading dimension N, or a multiple of it.
+
+        Args:
+            batch: `image` (N, 1, *read_size), `seed` (N,) on the CPU, `volume` (N,), `start` (N, 3) and `extent`
+                (N, 3) as `medcl.data.crops.ReadDataset` gives them. A pure function of these.
+        """
 
     @abstractmethod
-    def loss(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss`, and further scalars to log."""
+    def embed(self, views: Tensors) -> tuple[Tensors, Tensors]:
+        """What the networks make of the views.
+
+        Returns:
+            Embeddings, (rows, ..., d) each, and marks: whatever else the objective needs (ids, labels, coordinates),
+            (rows, ...) each. Rows of several ranks are joined along the first dimension of each tensor.
+        """
+
+    @abstractmethod
+    def objective(self, z: Tensors, marks: Tensors) -> Tensors:
+        """`loss`, and further scalars to log, of embeddings and marks. Knows no network and draws no random number."""
+
+    def pairs(self, views: Tensors, z: Tensors, marks: Tensors) -> Pairs | None:
+        """Which embeddings of this step belong together: for diagnostics. None where a task has no such thing."""
+        return None
+
+    def joined(self, views: Tensors) -> tuple[Tensors, Tensors]:
+        """`embed`, with the rows of all ranks."""
+        z, marks = self.embed(views)
+        if self.gathers and world_size() > 1:
+            z, marks = ({k: gather_rows(v) for k, v in tensors.items()} for tensors in (z, marks))
+        return z, marks
+
+    def loss(self, views: Tensors) -> Tensors:
+        """`loss` of a step, and further scalars to log."""
+        return self.objective(*self.joined(views))
+
+    @torch.no_grad()
+    def trivial(self, z: Tensors, marks: Tensors) -> dict[str, float]:
+        """The loss at solutions that need no anatomy: every embedding the same, and all embeddings orthogonal.
+
+        By substitution into the task's own objective, on this step's own marks; embeddings in the same row of two
+        tensors (a student's and its teacher's) are those of the same input.
+        """
+        rows = max(t[..., 0].numel() for t in z.values())
+        device = next(iter(z.values())).device
+        constant, orthogonal = {}, {}
+        for name, tensor in z.items():
+            count = tensor[..., 0].numel()
+            same = torch.zeros_like(tensor)
+            same[..., 0] = 1
+            constant[name] = same
+            orthogonal[name] = torch.eye(rows, device=device)[:count].view(*tensor.shape[:-1], rows)
+        return {
+            "constant": float(self.objective(constant, marks)["loss"]),
+            "orthogonal": float(self.objective(orthogonal, marks)["loss"]),
+        }
 
     def after_step(self, progress: float) -> None:
         """Called after every optimiser step with the share of the training done; a momentum teacher follows here."""
+
+    def check(self, volumes: int, batch_size: int) -> None:
+        """Refuses data it cannot learn from.
+
+        Args:
+            volumes: different volumes that there are.
+            batch_size: volumes a step.
+
+        Raises:
+            MedclError: too few of them.
+        """
+        if volumes < self.needs_volumes:
+            raise MedclError(
+                f"needs {self.needs_volumes} different volumes, and there is {volumes}",
+                type(self).__name__, "Give it more scans, or choose another --task.",
+            )  # fmt: skip
+        if batch_size < self.needs_volumes:
+            raise MedclError(
+                f"needs {self.needs_volumes} volumes a step, not {batch_size}", "--batch_size", "Give it more."
+            )
 
     def describe(self) -> str:
         """One line for the log: what a step looks at."""

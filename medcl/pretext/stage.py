@@ -13,7 +13,7 @@ from torch import Tensor
 from medcl.checkpoint import Contract, save_weights
 from medcl.config import PretrainConfig
 from medcl.data.case import Manifest
-from medcl.data.crops import CropDataset, StepBatches, crop_loader
+from medcl.data.crops import ReadDataset, StepBatches, crop_loader, join_reads
 from medcl.data.plan import Plan
 from medcl.data.prepare import Stored
 from medcl.data.splits import Split, cases_of, make_split
@@ -43,7 +43,7 @@ TIMED_STEPS = 3
 class PretextModule(pl.LightningModule):
     """Lightning's view of a pretext task."""
 
-    def __init__(self, task: PretextTask, dataset: CropDataset, config: PretrainConfig):
+    def __init__(self, task: PretextTask, dataset: ReadDataset, config: PretrainConfig):
         super().__init__()
         self.task, self.dataset, self.config = task, dataset, config
 
@@ -63,7 +63,7 @@ class PretextModule(pl.LightningModule):
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            views = self.task.views(batch["image"], batch["seed"])
+            views = self.task.views(batch)
         return self.task.loss(views)
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
@@ -118,7 +118,8 @@ def pretrain(config: PretrainConfig) -> Path:
         log.info("%d subjects pretrain; %d of validation and %d of test are left out (--subjects all takes them).",
                  len(subjects), len(split.val), len(split.test))  # fmt: skip
 
-    dataset = CropDataset([item.path for item in stored], task.read_size, config.seed)
+    task.check(len({item.case.subject for item in stored}), config.batch_size)
+    dataset = ReadDataset([item.path for item in stored], task.read_size, config.seed, task.places)
     module = PretextModule(task, dataset, config)
     size = sum(p.numel() for p in task.backbone.encoder_parameters()) / 1e6
     log.info("%s on %s (encoder of %.1f M parameters), %s, %s: %s.",
@@ -170,7 +171,7 @@ def timed_step(module: PretextModule, accelerator: str, precision: str) -> float
     with preserved(module):
         for _ in range(TIMED_STEPS):
             began = time.perf_counter()
-            batch = torch.utils.data.default_collate([module.dataset[number] for number in numbers])
+            batch = join_reads([module.dataset[number] for number in numbers])
             with autocast(precision, accelerator):
                 losses = module.losses(module.transfer_batch_to_device(batch, device, 0))
             losses["loss"].backward()

@@ -21,7 +21,7 @@ from medcl.losses.voco import overlap_labels, teacher_loss
 from medcl.networks.backbones import Backbone
 from medcl.networks.ema import MomentumTeacher, cosine_momentum
 from medcl.networks.heads import ProjectionHead, pooled_pyramid
-from medcl.pretext.base import PretextTask, Triple
+from medcl.pretext.base import Pairs, PretextTask, Tensors, Triple
 from medcl.transforms.compose import STRONG_VIEWS, ViewIntensity, view_intensity
 from medcl.transforms.random import mix_seeds, uniform
 
@@ -87,8 +87,9 @@ class VoCo(PretextTask):
         grid = " x ".join(map(str, self.grid))
         return f"{grid} base crops and {self.options.crops} random crops of {size} voxels{scaled}"
 
-    def views(self, volume: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+    def views(self, batch: Tensors) -> Tensors:
         """Random crops (B, K, 1, *crop), base crops (B, n, 1, *crop) and overlap shares (B, K, n)."""
+        volume, seeds = batch["image"], batch["seed"]
         crop = torch.tensor(self.crop_size)
         room = torch.tensor(self.read_size) - crop
         draws = uniform(seeds, "voco.start", self.options.crops, 3)
@@ -97,8 +98,8 @@ class VoCo(PretextTask):
         bases = tile(volume, self.grid)
         labels = overlap_labels(starts.to(volume.device).float(), crop.to(volume.device).float(), self.grid)
         both = torch.cat([crops, bases], dim=1)
-        batch, count = both.shape[:2]
-        crop_seeds = mix_seeds(seeds.repeat_interleave(count), torch.arange(count).repeat(batch))
+        rows, count = both.shape[:2]
+        crop_seeds = mix_seeds(seeds.repeat_interleave(count), torch.arange(count).repeat(rows))
         flat = self._augment(both.flatten(0, 1), crop_seeds)
         both = flat.view(*both.shape[:2], *flat.shape[1:])
         return {"crops": both[:, : self.options.crops], "bases": both[:, self.options.crops :], "labels": labels}
@@ -111,18 +112,35 @@ class VoCo(PretextTask):
                 crops[chosen] = crops[chosen].flip(axis + 2)
         return crops if self._intensity is None else self._intensity(crops, seeds)
 
-    def loss(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+    def embed(self, views: Tensors) -> tuple[Tensors, Tensors]:
         crops, bases = views["crops"], views["bases"]
-        batch, k = crops.shape[:2]
+        batch = len(crops)
         pixels = torch.cat([crops, bases], dim=1).flatten(0, 1)
         if self.input_size != self.crop_size:
             pixels = F.interpolate(pixels, size=self.input_size, mode="trilinear", align_corners=False)
-        student = self.projection_head(pooled_pyramid(self.backbone.encode(pixels)))
+        features = pooled_pyramid(self.backbone.encode(pixels))
+        student = self.projection_head(features)
         with torch.no_grad():
             nets = self.teacher.module
             teacher = nets["head"](pooled_pyramid(nets["backbone"].encode(pixels)))  # type: ignore[index, operator]
-        student, teacher = (z.float().view(batch, -1, z.shape[-1]) for z in (student, teacher))
-        return teacher_loss(student[:, :k], student[:, k:], teacher[:, :k], teacher[:, k:], views["labels"])
+        z = {name: t.float().view(batch, -1, t.shape[-1]) for name, t in (("student", student), ("teacher", teacher))}
+        return z, {"labels": views["labels"], "features": features.detach().float()}
+
+    def objective(self, z: Tensors, marks: Tensors) -> Tensors:
+        student, teacher, k = z["student"], z["teacher"], marks["labels"].shape[1]
+        return teacher_loss(student[:, :k], student[:, k:], teacher[:, :k], teacher[:, k:], marks["labels"])
+
+    def pairs(self, views: Tensors, z: Tensors, marks: Tensors) -> Pairs:
+        """A crop and the base crops it lies in are positive, those it does not touch and other base crops negative."""
+        labels = marks["labels"]
+        volumes, k, n = labels.shape
+        positive = labels.new_zeros((volumes, k + n, k + n), dtype=torch.bool)
+        negative = positive.clone()
+        positive[:, :k, k:] = labels > 0
+        negative[:, :k, k:] = labels == 0
+        negative[:, k:, k:] = torch.triu(torch.ones(n, n, dtype=torch.bool, device=labels.device), diagonal=1)
+        blocks = [torch.block_diag(*(mask | mask.mT)) for mask in (positive, negative)]
+        return Pairs(z["student"].flatten(0, 1), blocks[0], blocks[1], marks["features"])
 
     def after_step(self, progress: float) -> None:
         student = nn.ModuleDict({"backbone": self.backbone, "head": self.projection_head})

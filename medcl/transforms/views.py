@@ -1,0 +1,79 @@
+"""Views of a read for contrast: a place in it, a spatial change, an appearance; coordinates travel along."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from medcl.transforms.base import Range, Spacing
+from medcl.transforms.compose import ViewIntensity, view_intensity
+from medcl.transforms.random import mix_seeds, name_key, uniform
+from medcl.transforms.spatial import RandomSpatial
+
+
+class RandomView:
+    """Views of reads (N, C, D, H, W): moved, cut to `size` at a random place, changed in appearance.
+
+    Args:
+        size: voxels of a view, at most those of the read.
+        spacing: mm along D, H, W.
+        modality: `MR`, `CT` or `unknown`.
+        intensity: changes of appearance, or None.
+        rotate_deg: largest angle about each axis; 0 with a `scale` of (1, 1) resamples nothing.
+        scale: range of the growth of what is seen.
+        flip: probability of mirroring each axis.
+    """
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        spacing: Spacing,
+        modality: str,
+        intensity: ViewIntensity | None,
+        rotate_deg: float = 0.0,
+        scale: Range = (1.0, 1.0),
+        flip: Sequence[float] = (0.0, 0.0, 0.0),
+    ):
+        self.size, self.spacing = tuple(size), tuple(spacing)
+        moves = rotate_deg > 0 or tuple(scale) != (1.0, 1.0)
+        self.spatial = RandomSpatial(rotate_deg, scale, flip=flip, p_affine=float(moves))
+        self.intensity = view_intensity(modality, spacing, intensity) if intensity else None
+
+    def __call__(self, read: Tensor, seeds: Tensor, view: int) -> tuple[Tensor, Tensor]:
+        """One view of every read.
+
+        Args:
+            read: (N, C, D, H, W), not written to.
+            seeds: (N,) int64, one a read.
+            view: its number; other numbers give other views of the same read.
+
+        Returns:
+            The views (N, C, *size), and the place in the read, in voxels, that every voxel of them shows:
+            (N, 3, *size).
+
+        Raises:
+            ValueError: the read is smaller than the view.
+        """
+        shape = tuple(read.shape[2:])
+        if any(n < s for n, s in zip(shape, self.size, strict=True)):
+            raise ValueError(f"a view of {self.size} does not fit into a read of {shape}")
+        own = mix_seeds(seeds, name_key("view"), view)
+        params = self.spatial.draw(own, shape, self.spacing)
+        where = self.spatial.coordinates(params, shape, read.device)
+        moved = self.spatial.apply(read, params)
+        room = torch.tensor([n - s for n, s in zip(shape, self.size, strict=True)])
+        starts = torch.minimum((uniform(own, "view.start", 3) * (room + 1)).floor(), room).long()
+        image, where = cut_each(moved, starts, self.size), cut_each(where, starts, self.size)
+        return (image if self.intensity is None else self.intensity(image, own)), where
+
+
+def cut_each(volume: Tensor, starts: Tensor, size: Sequence[int]) -> Tensor:
+    """One crop (N, C, *size) of every row of (N, C, D, H, W), at `starts` (N, 3)."""
+    return torch.stack(
+        [
+            row[:, a : a + size[0], b : b + size[1], c : c + size[2]]
+            for row, (a, b, c) in zip(volume, starts.tolist(), strict=True)
+        ]
+    )
