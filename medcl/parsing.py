@@ -21,6 +21,8 @@ def parse(command: str, positional: Sequence[str], config_name: str, args: list[
     Raises:
         MedclError: an unknown option or key (the nearest known one is named), or a value of the wrong kind.
     """
+    from argparse import SUPPRESS
+
     from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
     kind = getattr(medcl.config, config_name)
@@ -30,6 +32,7 @@ def parse(command: str, positional: Sequence[str], config_name: str, args: list[
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
     parser.add_class_arguments(kind, as_group=False)
+    parser.add_argument("--stage", help=SUPPRESS)  # in the config.yaml of a run
     if any(arg in ("-h", "--help") for arg in args):
         print(_help(parser.format_help(), command, positional))
         return None
@@ -38,7 +41,7 @@ def parse(command: str, positional: Sequence[str], config_name: str, args: list[
         key = flag[2:].split("=")[0].split(".")[0]
         if flag.startswith("--") and key not in fields and key != "config":
             raise MedclError(f"unknown option --{key}", f"medcl {command}", nearest(key, fields))
-    _check_files(flags, fields)
+    _check_files(flags, fields, command)
     try:
         parsed: Namespace = parser.parse_args(flags)
     except Exception as error:  # jsonargparse and argparse raise several kinds
@@ -97,7 +100,7 @@ def _as_list(values: list[str]) -> str:
     return "[" + ", ".join(value if numbers else repr(value) for value in values) + "]"
 
 
-def _check_files(flags: list[str], fields: dict[str, Any]) -> None:
+def _check_files(flags: list[str], fields: dict[str, Any], command: str) -> None:
     """Unknown keys of a config file, told by file and key before jsonargparse sees it."""
     import yaml
 
@@ -114,8 +117,11 @@ def _check_files(flags: list[str], fields: dict[str, Any]) -> None:
             raise MedclError(f"is not YAML ({' '.join(str(error).split())[:120]})", path, "Mend it.") from None
         if not isinstance(data, dict):
             raise MedclError("is not a list of `key: value` lines", path, "See configs/ for examples.")
+        # a run's own config.yaml says which command it was
+        if data.get("stage", command) != command:
+            raise MedclError(f"is the config of `medcl {data['stage']}`", path, f"It is no config of {command}.")
         for key in data:
-            if key not in fields:
+            if key not in fields and key != "stage":
                 raise MedclError(f"unknown key {key!r}", path, nearest(str(key), fields))
 
 

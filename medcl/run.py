@@ -46,6 +46,15 @@ def open_run(path: str | Path, config: Any, stage: str, resume: bool = False) ->
     return run
 
 
+def begun_run(config: Any) -> Path | None:
+    """The folder of the run to go on with; None where `config` starts one, or it was cut off before its manifest.
+
+    The manifest is the last file a stage writes before it trains.
+    """
+    run = Path(config.out)
+    return run if config.resume and (run / "manifest.json").exists() else None
+
+
 def to_plain(config: Any) -> dict[str, Any]:
     """A dataclass as YAML can hold it."""
 

@@ -14,7 +14,7 @@ from fake_runs import AFFINE, SHAPE, labels, make_data, make_run
 from medcl.data.io import write_nifti
 from medcl.errors import MedclError
 from medcl.evaluation.compare import compare, print_comparison
-from medcl.evaluation.evaluate import mean_over_classes, print_table, read_result, read_scores, score_folder
+from medcl.evaluation.evaluate import mean_over_classes, notices, print_table, read_result, read_scores, score_folder
 from medcl.evaluation.metrics import segmentation_scores
 
 
@@ -123,15 +123,27 @@ def test_float_labels_are_read_as_whole_numbers(tmp_path, data):
     assert result["mean"]["dice"]["estimate"] == 1.0
 
 
-def test_bad_predictions_are_refused_in_one_line(tmp_path, data):
-    folder = predict(tmp_path / "p", data, a_0=labels()[:-1])
-    assert "a_0.nii.gz: is not on the grid of its reference" in refused(score_folder, folder, data, tmp_path / "out")
+def test_one_bad_prediction_is_listed_and_the_others_are_scored(tmp_path, data):
+    folder = predict(tmp_path / "p", data)
     moved = AFFINE.copy()
     moved[0, 3] = 5
-    write_nifti(folder / "a_0.nii.gz", labels(), moved)
-    assert "voxels lie up to 5 mm apart" in refused(score_folder, folder, data, tmp_path / "out")
-    write_nifti(folder / "a_0.nii.gz", labels().astype(np.float32) * 0.5, AFFINE)
-    assert "not integers" in refused(score_folder, folder, data, tmp_path / "out")
+    bad = (
+        (labels()[:-1], AFFINE, "a_0.nii.gz: is not on the grid of its reference"),
+        (labels(), moved, "voxels lie up to 5 mm apart"),
+        (labels().astype(np.float32) * 0.5, AFFINE, "not integers"),
+    )
+    for array, affine, told in bad:
+        write_nifti(folder / "a_0.nii.gz", array, affine)
+        result = score_folder(folder, data, tmp_path / "out")
+        assert told in result["unscored_predictions"]["a_0"]
+        assert result["n_subjects"] == len(data.subjects) - 1 and result["mean"]["dice"]["estimate"] == 1.0
+        assert any(told in line for line in notices(result))
+        assert "a_0" not in {row["case"] for row in read_scores(tmp_path / "out" / "evaluation.csv")}
+
+
+def test_predictions_that_are_all_bad_are_refused_in_one_line(tmp_path, data):
+    folder = predict(tmp_path / "p", data, **{case.id: labels()[:-1] for case in data.cases})
+    assert "is not on the grid of its reference" in refused(score_folder, folder, data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

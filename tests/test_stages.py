@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 
 import medcl
 import medcl.data.stage
-from medcl import EvaluateConfig, ExportConfig, FinetuneConfig, PredictConfig, PretrainConfig
+from medcl import (
+    EvaluateConfig,
+    ExportConfig,
+    FinetuneConfig,
+    PredictConfig,
+    PrepareConfig,
+    PretrainConfig,
+    ScanConfig,
+)  # fmt: skip
 from medcl.checkpoint import load_weights, rebuild
 from medcl.data.io import to_canonical
 from medcl.downstream.predict import Predictor, predict_cases
@@ -87,6 +95,45 @@ def test_a_killed_finetuning_resumes_bit_for_bit(tmp_path, phantoms, monkeypatch
     first, second = (load_weights(run)[1] for run in (whole, cut))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert read_metrics(whole) == read_metrics(cut)
+
+
+def test_a_resumed_run_goes_on_with_what_it_began_with_though_the_source_has_grown(tmp_path, phantoms, monkeypatch):
+    everyone = medcl.scan(ScanConfig(str(phantoms), str(tmp_path / "all.json")))
+    few = everyone.with_cases(everyone.cases[:9])
+    source = tmp_path / "source.json"
+    for begin, config in ((medcl.pretrain, pretraining), (medcl.finetune, finetuning)):
+        settings = {"width": 4, "checkpoint_every": 2}
+        few.save(source)
+        whole = begin(config(source, tmp_path / f"{begin.__name__}-whole", **settings))
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, 3)
+            begin(config(source, tmp_path / f"{begin.__name__}-cut", **settings))
+        everyone.save(source)
+        cut = begin(config(source, tmp_path / f"{begin.__name__}-cut", resume=True, **settings))
+        first, second = (load_weights(run)[1] for run in (whole, cut))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        for name in ("split.json", "plan.json", "manifest.json"):
+            assert (whole / name).read_text() == (cut / name).read_text(), name
+
+
+def test_equal_voxels_under_two_names_are_told_whatever_the_compression(tmp_path, phantoms, capsys):
+    source = tmp_path / "scans"
+    shutil.copytree(phantoms / "imagesTr", source)
+    first = sorted(source.glob("*.nii.gz"))[0]
+    nib.save(nib.load(first), source / "another.nii")
+    medcl.prepare(PrepareConfig(str(source)))
+    told = capsys.readouterr().err
+    assert "holds the same voxels as" in told and "another.nii" in told
+
+
+def test_the_config_of_a_run_can_be_given_again(runs, tmp_path, phantoms):
+    from medcl.parsing import parse
+
+    path = str(runs / "pre" / "config.yaml")
+    again = parse("pretrain", ["source"], "PretrainConfig", [f"--config={path}", f"--out={tmp_path}"])
+    assert again.options == SMALL and again.out == str(tmp_path)
+    with pytest.raises(MedclError, match="is the config of `medcl pretrain`"):
+        parse("finetune", ["source"], "FinetuneConfig", [f"--config={path}"])
 
 
 def test_resuming_with_other_settings_is_refused(runs, phantoms):

@@ -42,6 +42,12 @@ class Split:
         return Split(**data)
 
 
+def begun_split(begun: Path | None) -> Split | None:
+    """The split of a run that goes on; None for a new run, or one cut off before it was written."""
+    path = begun / "split.json" if begun else None
+    return Split.load(path) if path and path.exists() else None
+
+
 def ranked(subjects: Iterable[str], key: str) -> list[str]:
     """Subjects in a pseudo-random order that depends on each name and `key` only.
 

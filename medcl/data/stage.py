@@ -16,7 +16,7 @@ from medcl.data.plan import Plan, derive_plan
 from medcl.data.prepare import AIR, Stored
 from medcl.data.prepare import prepare as prepare_volumes
 from medcl.data.scan import scan as scan_folder
-from medcl.data.store import default_store
+from medcl.data.store import default_store, open_volume
 from medcl.errors import MedclError
 from medcl.run import log
 
@@ -34,8 +34,16 @@ def scan(config: ScanConfig) -> Manifest:
     return manifest
 
 
-def load_source(source: str, channel: int | None = None) -> Manifest:
-    """A manifest, from a folder of scans, a single volume or a file written by `medcl scan`."""
+def load_source(source: str, channel: int | None = None, begun: Path | None = None) -> Manifest:
+    """A manifest, from a folder of scans, a single volume or a file written by `medcl scan`.
+
+    Args:
+        source: what the user named.
+        channel: of 4D files.
+        begun: folder of a run that goes on; what it found at its start is taken, whatever the source holds by now.
+    """
+    if begun is not None:
+        return Manifest.load(begun / "manifest.json")
     if source.endswith(".json"):
         return Manifest.load(source)
     return guess_modality(scan_folder(source, channel=channel, voxels=False))
@@ -89,7 +97,18 @@ def prepare_all(
         chosen, plan, store=store, workers=workers, title="prepare" if sys.stderr.isatty() else None
     )
     tell_problems(left, before=len(manifest.problems))
+    tell_twins(stored)
     return stored, left
+
+
+def tell_twins(stored: list[Stored]) -> None:
+    """Warns of equal voxels under two subjects' names: compressed anew, they differ as files."""
+    owner: dict[str, Case] = {}
+    for item in stored:
+        first = owner.setdefault(open_volume(item.path).meta["voxel_hash"], item.case)
+        if first.subject != item.case.subject:
+            log.warning("%s: holds the same voxels as %s, under another subject's name. Delete one of the two.",
+                        item.case.image[0], first.image[0])  # fmt: skip
 
 
 def bar(items: Iterator[Any], total: int, title: str) -> Iterator[Any]:

@@ -15,13 +15,13 @@ from medcl.data.case import Manifest
 from medcl.data.crops import CropDataset
 from medcl.data.plan import Plan, derive_plan, round_up
 from medcl.data.prepare import Stored
-from medcl.data.splits import cases_of, draw_labelled, make_split
+from medcl.data.splits import begun_split, cases_of, draw_labelled, make_split
 from medcl.data.stage import describe, load_source, plan_for, prepare_all, tell_problems
 from medcl.data.store import open_volume
 from medcl.downstream.segmentation import SegmentationModule, Validate
 from medcl.errors import MedclError
 from medcl.networks.backbones import Backbone, BackboneSpec, build_backbone
-from medcl.run import log, open_run, write_provenance
+from medcl.run import begun_run, log, open_run, write_provenance
 from medcl.training import choose_accelerator, choose_precision, fit, hours, resume_step, trainer_for
 from medcl.transforms.compose import StrongAugmentation, strong_augmentation
 
@@ -43,13 +43,16 @@ def finetune(config: FinetuneConfig) -> Path:
     check(config)
     accelerator = choose_accelerator(config.accelerator)
     precision = choose_precision(config.precision, accelerator)
-    manifest = load_source(config.source, config.channel)
-    split = make_split(manifest, config.test_fraction, config.val_fraction, config.split_seed)
-    split = draw_labelled(split, manifest, config.labels, config.draw)
+    begun = begun_run(config)
+    manifest = load_source(config.source, config.channel, begun)
+    split = begun_split(begun) or draw_labelled(
+        make_split(manifest, config.test_fraction, config.val_fraction, config.split_seed),
+        manifest, config.labels, config.draw,
+    )  # fmt: skip
 
     pretrained = None if config.init == "none" else load_weights(config.init)
     contract = pretrained[0] if pretrained else None
-    plan = choose_plan(manifest, config, contract, accelerator)
+    plan = Plan.load(begun) if begun else choose_plan(manifest, config, contract, accelerator)
     values = label_values(manifest, plan)
     pl.seed_everything(config.seed + config.draw, verbose=False)
     backbone = choose_backbone(config, contract, plan, len(values) + 1)
@@ -68,8 +71,8 @@ def finetune(config: FinetuneConfig) -> Path:
     used = cases_of(manifest, (*split.labelled, *split.val), labelled=True)
     stored, left = prepare_all(manifest, plan, config.store, cases=used)
     plan.save(run / "plan.json")
-    left.with_cases(manifest.cases).save(run / "manifest.json")
     split.save(run / "split.json")
+    left.with_cases(manifest.cases).save(run / "manifest.json")
     train = [item for item in stored if item.case.subject in split.labelled]
     val = [(item.case.subject, item.path) for item in stored if item.case.subject in split.val]
     lost = sorted(set(split.labelled) - {item.case.subject for item in train})
@@ -125,6 +128,10 @@ def check(config: FinetuneConfig) -> None:
             raise MedclError(f"{getattr(config, name)} is not positive", f"--{name}", "Give at least 1.")
     if config.lr <= 0:
         raise MedclError(f"{config.lr} is not positive", "--lr", "Give a positive number.")
+    if not 0 <= config.warmup < 1:
+        raise MedclError(f"{config.warmup} is no share of the steps", "--warmup", "Give 0 or more, below 1.")
+    if config.val_every < 0:
+        raise MedclError("negative", "--val_every", "Give 0 or more.")
     if config.seed < 0 or config.draw < 0 or config.workers < 0:
         raise MedclError("negative", "--seed, --draw or --workers", "Give 0 or more.")
     if config.augment not in ("strong", "none"):
@@ -145,6 +152,10 @@ def choose_plan(manifest: Manifest, config: FinetuneConfig, contract: Contract |
             )  # fmt: skip
         return plan if plan.labels else replace(plan, labels=manifest.label_names)
     kept = contract.plan
+    if config.n4 and not kept.n4:
+        raise MedclError(
+            f"{config.init} was pretrained without bias-field correction", "--n4", "Leave it out, or pretrain with it."
+        )
     if manifest.cases and {kept.modality, *(c.modality for c in manifest.cases)} >= {"CT", "MR"}:
         raise MedclError(
             f"was pretrained on {kept.modality}, this folder holds the other modality", config.init,

@@ -21,6 +21,7 @@ from medcl.evaluation import statistics
 from medcl.evaluation.metrics import MEASURES, OUTCOMES, segmentation_scores
 from medcl.evaluation.statistics import Interval, bootstrap_mean, counted
 from medcl.files import read_json, write_json, write_text
+from medcl.run import log
 
 EVALUATION_VERSION = 1
 COLUMNS = ("case", "subject", "class", "name", "outcome", *MEASURES, "volume_pred_ml", "volume_ref_ml")
@@ -53,7 +54,8 @@ def score_folder(
         What `evaluation.json` holds: counts, intervals per class and overall, missing predictions, conventions.
 
     Raises:
-        MedclError: there is nothing to score, a file cannot be read, a grid differs or labels are not whole numbers.
+        MedclError: there is nothing to score. One prediction among others that cannot be scored (unreadable, another
+            grid, labels that are not whole numbers) is told, listed and left out.
     """
     if not (math.isfinite(tolerance_mm) and tolerance_mm >= 0):
         raise MedclError(f"{tolerance_mm} mm makes no sense", "--tolerance", "Give a length of 0 mm or more.")
@@ -72,10 +74,21 @@ def score_folder(
     named = {value: name for value, name in manifest.label_names.items() if value != 0}
     rows: list[Row] = []
     referenced: set[int] = set()
+    unscored: dict[str, str] = {}
     for case in scored:
-        case_rows, values = _score_case(found[case.id], manifest, case, named, tolerance_mm)
+        try:
+            case_rows, values = _score_case(found[case.id], manifest, case, named, tolerance_mm)
+        except MedclError as error:
+            log.warning("%s", error)
+            unscored[case.id] = str(error)
+            continue
         rows += case_rows
         referenced |= values
+    if len(unscored) == len(scored):
+        raise MedclError(
+            f"none of {counted(len(scored), 'prediction')} can be scored", predictions, next(iter(unscored.values()))
+        )
+    scored = [case for case in scored if case.id not in unscored]
     classes = {value: named.get(value, f"class {value}") for value in sorted(set(named) | referenced)}
     unexpected = Counter(row["class"] for row in rows if row["class"] not in classes)
     rows = _complete(rows, scored, classes)
@@ -87,6 +100,7 @@ def score_folder(
         "tolerance_mm": tolerance_mm,
         **summarise(rows, classes),
         "missing_predictions": [case.id for case in cases if case.id not in found],
+        "unscored_predictions": unscored,
         "predictions_without_reference": sorted(set(found) - wanted),
         "classes_only_predicted": {str(value): count for value, count in sorted(unexpected.items())},
         "conventions": conventions(tolerance_mm),
@@ -200,6 +214,8 @@ def notices(result: Mapping[str, Any]) -> list[str]:
     lines = []
     if missing := result["missing_predictions"]:
         lines.append(f"no prediction, so in no mean, for {counted(len(missing), 'labelled case')}: {_listed(missing)}")
+    for problem in result.get("unscored_predictions", {}).values():
+        lines.append(f"left out of every mean: {problem}")
     if extra := result["predictions_without_reference"]:
         lines.append(f"no reference among the cases scored for {counted(len(extra), 'prediction')}: {_listed(extra)}")
     for value, count in result["classes_only_predicted"].items():

@@ -16,14 +16,14 @@ from medcl.data.case import Manifest
 from medcl.data.crops import ReadDataset, StepBatches, crop_loader, join_reads
 from medcl.data.plan import Plan
 from medcl.data.prepare import Stored
-from medcl.data.splits import Split, cases_of, make_split
+from medcl.data.splits import Split, begun_split, cases_of, make_split
 from medcl.data.stage import describe, load_source, plan_for, prepare_all, tell_problems
 from medcl.data.store import open_volume
 from medcl.errors import MedclError
 from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.pretext.base import PretextTask
 from medcl.pretext.registry import task_class
-from medcl.run import log, open_run, write_provenance
+from medcl.run import begun_run, log, open_run, write_provenance
 from medcl.training import (
     adamw,
     autocast,
@@ -99,9 +99,14 @@ def pretrain(config: PretrainConfig) -> Path:
     accelerator = choose_accelerator(config.accelerator)
     precision = choose_precision(config.precision, accelerator)
     kind = task_class(config.task)
-    manifest = load_source(config.source, config.channel)
-    subjects, split = choose_subjects(manifest, config)
-    plan = plan_for(manifest, config.plan, device=accelerator, n4=config.n4)
+    begun = begun_run(config)
+    manifest = load_source(config.source, config.channel, begun)
+    if begun:
+        # what the run holds, not what the source would give by now
+        plan, split, subjects = Plan.load(begun), begun_split(begun), manifest.subjects
+    else:
+        subjects, split = choose_subjects(manifest, config)
+        plan = plan_for(manifest, config.plan, device=accelerator, n4=config.n4)
     pl.seed_everything(config.seed, verbose=False)
     spec = BackboneSpec(config.backbone, 1, max(2, len(plan.labels) + 1), plan.strides, config.width, config.norm)
     task = kind(build_backbone(spec), plan, config.options)
@@ -112,9 +117,10 @@ def pretrain(config: PretrainConfig) -> Path:
     tell_problems(manifest)
     stored, left = prepare_all(manifest, plan, config.store, cases=cases_of(manifest, subjects))
     plan.save(run / "plan.json")
-    left.save(run / "manifest.json")
     if split:
         split.save(run / "split.json")
+    left.save(run / "manifest.json")
+    if split:
         log.info("%d subjects pretrain; %d of validation and %d of test are left out (--subjects all takes them).",
                  len(subjects), len(split.val), len(split.test))  # fmt: skip
 
@@ -148,6 +154,8 @@ def check(config: PretrainConfig) -> None:
             raise MedclError(f"{getattr(config, name)} is not positive", f"--{name}", "Give at least 1.")
     if config.lr <= 0:
         raise MedclError(f"{config.lr} is not positive", "--lr", "Give a positive number.")
+    if not 0 <= config.warmup < 1:
+        raise MedclError(f"{config.warmup} is no share of the steps", "--warmup", "Give 0 or more, below 1.")
     if config.subjects not in ("auto", "all"):
         raise MedclError(f"unknown subjects {config.subjects!r}", "--subjects", "Use auto or all.")
     if config.seed < 0 or config.workers < 0:
