@@ -1,15 +1,52 @@
 """VoCo: volume contrast by predicting how much a random crop overlaps each base crop.
 
 Wu, Zhuang, Chen, "VoCo: A Simple-yet-Effective Volume Contrastive Learning Framework for 3D Medical Image Analysis",
-CVPR 2024. The functions here follow the widely used release with a momentum teacher, which weights the prediction term
-by the overlap and squares the other terms; the paper's text has neither.
+CVPR 2024; its extension "Large-Scale 3D Medical Image Pre-training with Geometric Context Priors". The paper and its
+two releases differ in their objective; `VARIANTS` holds all three. Below, y is the overlap of a random crop with a base
+crop and l the prediction of it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from medcl.losses.contrastive import cosine
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the published forms of VoCo differ in.
+
+    Attributes:
+        teacher: momentum network behind the targets: `full`, `projector` (the backbone is shared), or `none`.
+        symmetric: predict from the teacher's random crops and the student's base crops as well, and take the mean.
+        positive_weighting: weight -log(1 - |y - l|) of a pair by its overlap y.
+        negative: term of a pair without overlap: `square` for l^2, `log` for -log(1 - l), each with a mean of its own;
+            `pooled` for -log(1 - l) in one mean with the pairs that overlap.
+        regulariser_power: 1 for |cos| of two base crops, 2 for ReLU(cos)^2.
+        inter: predict, between two volumes, the similarities that the teacher sees there.
+    """
+
+    teacher: str
+    symmetric: bool
+    positive_weighting: bool
+    negative: str
+    regulariser_power: int
+    inter: bool
+
+
+VARIANTS = {
+    # the text of the CVPR paper: one network, and a plain mean over all pairs
+    "paper": Variant("none", False, False, "pooled", 1, False),
+    # the release for 10,000 volumes: student and teacher
+    "teacher": Variant("full", True, True, "square", 2, False),
+    # the release for 160,000 volumes: one backbone, two projectors, and a term between volumes
+    "v2": Variant("projector", False, True, "log", 2, True),
+}
 
 EPS = 1e-6  # inside the logarithm: a prediction that is wrong by exactly 1 stays finite
 
@@ -38,61 +75,119 @@ def overlap_labels(starts: Tensor, crop: Tensor, grid: tuple[int, int, int]) -> 
 
 
 def similarities(crops: Tensor, bases: Tensor) -> Tensor:
-    """ReLU of the cosine between crop embeddings (B, K, d) and base embeddings (B, n, d): (B, K, n).
+    """ReLU of the cosine between crop embeddings (B, K, d) and base embeddings (B, n, d): (B, K, n)."""
+    return F.relu(cosine(crops, bases))
 
-    In float32 whatever the autocast: a cosine rounded to bf16 is off by up to 0.004, and may exceed 1.
+
+def prediction_loss(predicted: Tensor, labels: Tensor, weighted: bool = True, negative: str = "square") -> Tensor:
+    """How far predictions l are from overlaps y; see `Variant` for the choices.
+
+    By default sum(-y log(1 - |y - l| + eps)) / sum(y) over overlapping pairs, plus the mean of l^2 over the others.
+
+    Args:
+        predicted, labels: (B, K, n), in [0, 1].
+        weighted: `Variant.positive_weighting`.
+        negative: `Variant.negative`.
     """
-    with torch.autocast(crops.device.type, enabled=False):
-        crops, bases = F.normalize(crops.float(), dim=-1), F.normalize(bases.float(), dim=-1)
-        return F.relu(crops @ bases.transpose(-1, -2))
+    off = -torch.log((1 - (labels - predicted).abs() + EPS).clamp(min=EPS))
+    overlaps = labels > 0
+    weight = labels if weighted else torch.ones_like(labels)
+    chosen = torch.ones_like(overlaps) if negative == "pooled" else overlaps
+    attract = (weight * off)[chosen].sum() / weight[chosen].sum().clamp(min=EPS)
+    if negative == "pooled":
+        return attract
+    apart = (predicted.square() if negative == "square" else off)[~overlaps]
+    return attract + apart.sum() / max(1, apart.numel())
 
 
-def prediction_loss(predicted: Tensor, labels: Tensor) -> Tensor:
-    """sum(-y log(1 - |y - l| + eps)) / sum(y) over overlapping pairs, plus the mean of l^2 over the others."""
-    positive = labels > 0
-    error = (labels - predicted).abs()
-    attract = (-labels * torch.log((1 - error + EPS).clamp(min=EPS)))[positive].sum() / labels.sum().clamp(min=EPS)
-    apart = predicted[~positive]
-    return attract + (apart.square().mean() if apart.numel() else apart.sum())
+def base_regulariser(bases: Tensor, power: int = 2) -> Tensor:
+    """Mean over pairs i < j of how alike two base crops look: those of one volume are different places.
 
-
-def base_regulariser(bases: Tensor) -> Tensor:
-    """Mean over pairs i < j of ReLU(cos(q_i, sg[q_j]))^2: base crops of one volume are different places.
+    Power 2: ReLU(cos(q_i, sg[q_j]))^2, as released. Power 1: |cos(q_i, q_j)|, as in the paper.
 
     Args:
         bases: student embeddings of the base crops, (B, n, d).
+        power: 1 or 2.
     """
-    cosine = similarities(bases, bases.detach())
-    upper = torch.triu(torch.ones(cosine.shape[-2:], dtype=torch.bool, device=cosine.device), diagonal=1)
-    return cosine[:, upper].square().mean()
+    cosines = cosine(bases, bases.detach()).relu().square() if power == 2 else cosine(bases, bases).abs()
+    return cosines[:, above_diagonal(cosines)].mean()
 
 
-def teacher_loss(
-    student_crops: Tensor, student_bases: Tensor, teacher_crops: Tensor, teacher_bases: Tensor, labels: Tensor
-) -> dict[str, Tensor]:
-    """The whole objective of the momentum-teacher form.
+def above_diagonal(square: Tensor) -> Tensor:
+    """True where i < j, in the shape (n, n) of the last two axes."""
+    return torch.ones(square.shape[-2:], dtype=torch.bool, device=square.device).triu(diagonal=1)
 
-    The prediction is l = (ReLU cos(p_student, q_teacher) + ReLU cos(p_teacher, q_student)) / 2; embeddings of the
-    teacher carry no gradient.
+
+def next_volume(volume: Tensor) -> tuple[Tensor, Tensor]:
+    """The next row, cyclically, that shows another volume.
 
     Args:
-        student_crops, teacher_crops: embeddings of the random crops, (B, K, d).
-        student_bases, teacher_bases: embeddings of the base crops, (B, n, d).
-        labels: overlap shares, (B, K, n).
+        volume: number of each row's volume, (B,).
 
     Returns:
-        `loss` and its parts, and the mean prediction on overlapping and on other pairs (a collapse shows there
-        first).
+        Its index (B,), and whether there is one (B,).
     """
-    predicted = 0.5 * (
-        similarities(student_crops, teacher_bases.detach()) + similarities(teacher_crops.detach(), student_bases)
-    )
-    predict, regularise = prediction_loss(predicted, labels), base_regulariser(student_bases)
+    rows = torch.arange(len(volume), device=volume.device)
+    later = (rows[:, None] + rows + 1) % len(volume)
+    other = volume[later] != volume[:, None]
+    return later.gather(1, other.int().argmax(1, keepdim=True))[:, 0], other.any(1)
+
+
+def inter_volume_loss(variant: Variant, student: Tensor, teacher: Tensor, k: int, volume: Tensor) -> Tensor:
+    """The random crops of a volume against the base crops of the next one: the student sees what the teacher sees.
+
+    Target sg[ReLU cos(p_teacher_i, q_teacher_j)], prediction ReLU cos(p_student_i, q_student_j). The release takes the
+    next row; here it is the next row of another volume, and a row without one is left out.
+
+    Args:
+        student, teacher: embeddings, random crops first, (B, K + n, d).
+        k: random crops a volume.
+        volume: number of each row's volume, (B,).
+    """
+    following, exists = next_volume(volume)
+    i, j = exists.nonzero().flatten(), following[exists]
+    target = similarities(teacher[i, :k], teacher[j, k:]).detach()
+    predicted = similarities(student[i, :k], student[j, k:])
+    return prediction_loss(predicted, target, variant.positive_weighting, variant.negative)
+
+
+def voco_loss(
+    variant: Variant, student: Tensor, teacher: Tensor | None, labels: Tensor, volume: Tensor, regulariser: float = 1.0
+) -> dict[str, Tensor]:
+    """The whole objective of a variant: prediction + inter-volume term + regulariser.
+
+    The prediction is l = ReLU cos(p_student, sg[q]), with q of the teacher, or of the student where there is none. A
+    symmetric variant takes its mean with ReLU cos(sg[p_teacher], q_student).
+
+    Args:
+        variant: one of `VARIANTS`.
+        student: embeddings, random crops first, (B, K + n, d).
+        teacher: the same of the teacher, or None for a variant without one.
+        labels: overlap shares, (B, K, n).
+        volume: number of each row's volume, (B,).
+        regulariser: weight of the regulariser.
+
+    Returns:
+        `loss` and its parts, and mean similarities, by which a collapse shows first: predictions on pairs that overlap
+        and on those that do not, and cosines of base crops.
+    """
+    k = labels.shape[1]
+    target = student if teacher is None else teacher
+    predicted = similarities(student[:, :k], target[:, k:].detach())
+    if variant.symmetric:
+        predicted = 0.5 * (predicted + similarities(target[:, :k].detach(), student[:, k:]))
+    parts = {
+        "predict": prediction_loss(predicted, labels, variant.positive_weighting, variant.negative),
+        "regularise": base_regulariser(student[:, k:], variant.regulariser_power),
+    }
+    loss = parts["predict"] + regulariser * parts["regularise"]
+    if variant.inter and teacher is not None:
+        parts["inter"] = inter_volume_loss(variant, student, teacher, k, volume)
+        loss = loss + parts["inter"]
     with torch.no_grad():
-        positive = labels > 0
-        apart = predicted[~positive]
-        gap = {
-            "similarity_pos": predicted[positive].mean(),
-            "similarity_neg": apart.mean() if apart.numel() else apart.sum(),
-        }
-    return {"loss": predict + regularise, "predict": predict, "regularise": regularise, **gap}
+        overlaps = labels > 0
+        parts["similarity_pos"] = predicted[overlaps].mean()
+        parts["similarity_neg"] = predicted[~overlaps].sum() / (~overlaps).sum().clamp(min=1)
+        cosines = cosine(student[:, k:], student[:, k:])
+        parts["similarity_bases"] = cosines[:, above_diagonal(cosines)].mean()
+    return {"loss": loss, **parts}

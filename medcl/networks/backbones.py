@@ -88,6 +88,11 @@ class Backbone(nn.Module, ABC):
         return self.spec.width or self.default_width
 
     @property
+    def decoder_levels(self) -> tuple[int, ...]:
+        """For each decoder block, the level of `channels` and `reductions` that its map shares, first block first."""
+        return tuple(range(len(self.channels) - 2, -1, -1))
+
+    @property
     def multiple(self) -> Triple:
         """Every axis of the input must be a multiple of this."""
         return self.reductions[-1]
@@ -178,6 +183,11 @@ class UNetBackbone(Backbone):
             "num_res_units": 2,
             "norm": _norm(spec),
         }
+
+    @property
+    def decoder_levels(self) -> tuple[int, ...]:
+        # the bottom layer does not stride, and the last block is the output layer
+        return tuple(range(len(self.channels) - 3, -1, -1))
 
     def _levels(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """Down layers (bottom included) and up layers, both fine to coarse, out of MONAI's nested blocks."""

@@ -9,6 +9,7 @@ from medcl.errors import MedclError
 from medcl.pretext.base import PretextTask
 
 TASKS = {
+    "mae": "medcl.pretext.mae:MAE",
     "voco": "medcl.pretext.voco:VoCo",
 }
 

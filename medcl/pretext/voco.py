@@ -3,6 +3,12 @@
 Wu, Zhuang, Chen, CVPR 2024 (see `medcl.losses.voco` for the objective). Base crops tile a canvas; a random crop's
 similarity to each base crop should equal the share of it that lies inside that base crop. The published networks tile
 the axial plane only, because their crops are as deep as the volume; here the grid is three-dimensional.
+
+The releases hold a few accidents that are not repeated here. Their teacher starts at random weights of its own and
+follows before the optimiser's step with a constant momentum of 0.9; here it starts as a copy of the student, follows
+after the step, and its momentum rises from `momentum` to 1. The second release drops "features" by a `Dropout1d` on a
+matrix (N, C), which torch takes for one unbatched sample: it zeroes whole crops, in evaluation as well. Here pooled
+channels are dropped, in training only.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from torch import Tensor, nn
 
 from medcl.data.plan import THICK, Plan, round_up
 from medcl.errors import MedclError
-from medcl.losses.voco import overlap_labels, teacher_loss
+from medcl.losses.voco import VARIANTS, overlap_labels, voco_loss
 from medcl.networks.backbones import Backbone
 from medcl.networks.ema import MomentumTeacher, cosine_momentum
 from medcl.networks.heads import ProjectionHead, pooled_pyramid
@@ -35,11 +41,15 @@ class VoCoOptions:
     """Settings of VoCo.
 
     Attributes:
+        variant: `paper` is one network and an unweighted loss, as the CVPR paper describes it; `teacher` is its
+            release, with a momentum teacher of the whole network; `v2` is the extension, with a momentum teacher of
+            the projection head alone and a term between volumes. See `medcl.losses.voco.VARIANTS`.
         crops: random crops a volume.
         crop_size: voxels of a crop; by default half the volume along its axes, at most 64.
         grid: base crops along each axis; by default as many as fit, at most `max_bases` in all.
         max_bases: the most base crops.
-        momentum: of the teacher at the start; it rises to 1.
+        momentum: of the teacher at the start; it rises to 1. The paper's form has no teacher.
+        regulariser: weight of the term that keeps the base crops of a volume apart.
         feature_dropout: share of pooled channels dropped before the projection.
         hidden, embedding: widths of the projection head.
         flip: probability of mirroring a crop along each axis. The label knows places only, so mirroring teaches
@@ -48,11 +58,13 @@ class VoCoOptions:
             matched by their grey values and noise.
     """
 
+    variant: str = "teacher"
     crops: int = 4
     crop_size: tuple[int, int, int] | None = None
     grid: tuple[int, int, int] | None = None
     max_bases: int = 16
     momentum: float = 0.9
+    regulariser: float = 1.0
     feature_dropout: float = 0.2
     hidden: int = 512
     embedding: int = 256
@@ -61,7 +73,7 @@ class VoCoOptions:
 
 
 class VoCo(PretextTask):
-    """VoCo with a momentum teacher copied from the student."""
+    """VoCo in one of its three published forms."""
 
     Options = VoCoOptions
 
@@ -69,17 +81,22 @@ class VoCo(PretextTask):
         super().__init__(backbone, plan, options)
         chosen: VoCoOptions = self.options
         check_options(chosen)
+        self.variant = VARIANTS[chosen.variant]
+        self.needs_volumes = 2 if self.variant.inter else 1
         self.crop_size, self.grid = base_grid(plan, chosen.crop_size, chosen.grid, chosen.max_bases)
         self.input_size = network_input(self.crop_size, backbone.multiple)
         x, y, z = (n * g for n, g in zip(self.crop_size, self.grid, strict=True))
         self.read_size = (x, y, z)
         width = sum(backbone.channels)
         self.projection_head = ProjectionHead(width, chosen.hidden, chosen.embedding, dropout=chosen.feature_dropout)
-        self.teacher = MomentumTeacher(nn.ModuleDict({"backbone": backbone, "head": self.projection_head}))
-        if chosen.intensity not in INTENSITY:
-            raise MedclError(f"unknown intensity {chosen.intensity!r}", "voco", f"Use one of {', '.join(INTENSITY)}.")
+        self.teacher = None if self.variant.teacher == "none" else MomentumTeacher(self._taught())
         preset = INTENSITY[chosen.intensity]
         self._intensity = view_intensity(plan.modality, plan.spacing, preset) if preset else None
+
+    def _taught(self) -> nn.ModuleDict:
+        """The networks that the teacher follows."""
+        shared = self.variant.teacher == "projector"
+        return nn.ModuleDict({**({} if shared else {"backbone": self.backbone}), "head": self.projection_head})
 
     def describe(self) -> str:
         size = " x ".join(map(str, self.crop_size))
@@ -88,7 +105,7 @@ class VoCo(PretextTask):
         return f"{grid} base crops and {self.options.crops} random crops of {size} voxels{scaled}"
 
     def views(self, batch: Tensors) -> Tensors:
-        """Random crops (B, K, 1, *crop), base crops (B, n, 1, *crop) and overlap shares (B, K, n)."""
+        """Random crops (B, K, 1, *crop), base crops (B, n, 1, *crop), overlap shares (B, K, n), volumes (B,)."""
         volume, seeds = batch["image"], batch["seed"]
         crop = torch.tensor(self.crop_size)
         room = torch.tensor(self.read_size) - crop
@@ -102,7 +119,8 @@ class VoCo(PretextTask):
         crop_seeds = mix_seeds(seeds.repeat_interleave(count), torch.arange(count).repeat(rows))
         flat = self._augment(both.flatten(0, 1), crop_seeds)
         both = flat.view(*both.shape[:2], *flat.shape[1:])
-        return {"crops": both[:, : self.options.crops], "bases": both[:, self.options.crops :], "labels": labels}
+        crops, bases = both[:, : self.options.crops], both[:, self.options.crops :]
+        return {"crops": crops, "bases": bases, "labels": labels, "volume": batch["volume"]}
 
     def _augment(self, crops: Tensor, seeds: Tensor) -> Tensor:
         flips = uniform(seeds, "voco.flip", 3) < self.options.flip
@@ -119,16 +137,19 @@ class VoCo(PretextTask):
         if self.input_size != self.crop_size:
             pixels = F.interpolate(pixels, size=self.input_size, mode="trilinear", align_corners=False)
         features = pooled_pyramid(self.backbone.encode(pixels))
-        student = self.projection_head(features)
-        with torch.no_grad():
-            nets = self.teacher.module
-            teacher = nets["head"](pooled_pyramid(nets["backbone"].encode(pixels)))  # type: ignore[index, operator]
-        z = {name: t.float().view(batch, -1, t.shape[-1]) for name, t in (("student", student), ("teacher", teacher))}
-        return z, {"labels": views["labels"], "features": features.detach().float()}
+        z = {"student": self.projection_head(features)}
+        if self.teacher is not None:
+            nets: Any = self.teacher.module
+            with torch.no_grad():
+                seen = pooled_pyramid(nets["backbone"].encode(pixels)) if "backbone" in nets else features
+                z["teacher"] = nets["head"](seen)
+        z = {name: rows.float().view(batch, -1, rows.shape[-1]) for name, rows in z.items()}
+        return z, {"labels": views["labels"], "volume": views["volume"], "features": features.detach().float()}
 
     def objective(self, z: Tensors, marks: Tensors) -> Tensors:
-        student, teacher, k = z["student"], z["teacher"], marks["labels"].shape[1]
-        return teacher_loss(student[:, :k], student[:, k:], teacher[:, :k], teacher[:, k:], marks["labels"])
+        return voco_loss(
+            self.variant, z["student"], z.get("teacher"), marks["labels"], marks["volume"], self.options.regulariser
+        )
 
     def pairs(self, views: Tensors, z: Tensors, marks: Tensors) -> Pairs:
         """A crop and the base crops it lies in are positive, those it does not touch and other base crops negative."""
@@ -143,27 +164,39 @@ class VoCo(PretextTask):
         return Pairs(z["student"].flatten(0, 1), blocks[0], blocks[1], marks["features"])
 
     def after_step(self, progress: float) -> None:
-        student = nn.ModuleDict({"backbone": self.backbone, "head": self.projection_head})
-        self.teacher.update(student, cosine_momentum(self.options.momentum, progress))
+        if self.teacher is not None:
+            self.teacher.update(self._taught(), cosine_momentum(self.options.momentum, progress))
 
 
 def check_options(options: VoCoOptions) -> None:
     """Refuses values that cannot work.
 
     Raises:
-        MedclError: a count is not a positive number, or a share not between 0 and 1.
+        MedclError: a name is unknown, a count is not a positive number, or a share not between 0 and 1.
     """
+
+    def refuse(name: str, remedy: str) -> None:
+        raise MedclError(f"{name} is {getattr(options, name)!r}", "options of voco", remedy)
+
+    for name, known in (("variant", list(VARIANTS)), ("intensity", list(INTENSITY))):
+        if getattr(options, name) not in known:
+            refuse(name, f"Use one of {', '.join(known)}.")
     for name in ("crops", "max_bases", "hidden", "embedding"):
-        if not isinstance(getattr(options, name), int) or getattr(options, name) < 1:
-            raise MedclError(f"{name} is {getattr(options, name)!r}", "options of voco", "Give a positive number.")
-    for name in ("momentum", "feature_dropout", "flip"):
+        if not is_count(getattr(options, name)):
+            refuse(name, "Give a positive number.")
+    for name, most in (("momentum", 1.0), ("feature_dropout", 0.9), ("flip", 1.0), ("regulariser", math.inf)):
         value = getattr(options, name)
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise MedclError(f"{name} is {value!r}", "options of voco", "Give a number between 0 and 1.")
+        if not isinstance(value, (int, float)) or not 0 <= value <= most or math.isinf(value):
+            refuse(name, "Give 0 or more." if math.isinf(most) else f"Give a number between 0 and {most:g}.")
     for name in ("crop_size", "grid"):
         value = getattr(options, name)
-        if value is not None and (len(value) != 3 or not all(isinstance(n, int) and n > 0 for n in value)):
-            raise MedclError(f"{name} is {value!r}", "options of voco", "Give three positive numbers.")
+        triple = isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_count, value))
+        if value is not None and not triple:
+            refuse(name, "Give three positive numbers.")
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def base_grid(

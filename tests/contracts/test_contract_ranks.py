@@ -1,0 +1,73 @@
+"""Two processes take the step that one takes with their joined batch: for every task, in one pair of processes."""
+
+from __future__ import annotations
+
+import datetime
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from battery import build, views_of
+from recipes import Case, cases
+from torch import Tensor
+
+RANKS = 2
+PER_RANK = 2  # volumes
+RUNS = cases(("unet",))
+
+
+def gradients(case: Case, volumes: range) -> tuple[float, dict[str, Tensor]]:
+    task = build(case)
+    loss = task.loss(views_of(task, volumes))["loss"]
+    loss.backward()
+    return float(loss.detach()), {n: p.grad for n, p in task.named_parameters() if p.grad is not None}
+
+
+def work(rank: int, folder: str) -> None:
+    """One rank: mean loss and mean gradient over ranks of every case, written by rank 0."""
+    torch.set_num_threads(1)
+    wait = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=RANKS, timeout=wait)
+    results: dict[str, object] = {}
+    for case in RUNS:
+        try:
+            loss, grads = gradients(case, range(rank * PER_RANK, (rank + 1) * PER_RANK))
+            mean = torch.cat([torch.tensor([loss]), *(g.flatten() for g in grads.values())])
+            dist.all_reduce(mean)
+            results[str(case)] = (mean / RANKS, list(grads))
+        except Exception:
+            results[str(case)] = traceback.format_exc()
+            break  # the ranks are no longer in step
+    if rank == 0:
+        torch.save(results, f"{folder}/results.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def joint_results(tmp_path_factory) -> dict:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("case", RUNS, ids=str)
+def test_two_ranks_give_the_gradient_of_one_with_the_joined_batch(joint_results, case):
+    result = joint_results.get(str(case), "not run, because an earlier task failed")
+    assert not isinstance(result, str), result
+    joint, names = result
+    loss, grads = gradients(case, range(RANKS * PER_RANK))
+    assert names == list(grads)
+    assert float(joint[0]) == pytest.approx(loss, rel=1e-5)
+    single = torch.cat([g.flatten() for g in grads.values()])
+    assert float((joint[1:] - single).norm() / single.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("case", RUNS, ids=str)
+def test_the_gradient_of_a_rank_alone_is_another_one(case):
+    """The comparison above can fail: the two ranks' batches do not ask for the same step by chance."""
+    _, whole = gradients(case, range(RANKS * PER_RANK))
+    _, first = gradients(case, range(PER_RANK))
+    a, b = (torch.cat([g.flatten() for g in grads.values()]) for grads in (whole, first))
+    assert float((a - b).norm() / a.norm()) > 1e-2
