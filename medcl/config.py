@@ -71,6 +71,7 @@ class PretrainConfig:
         backbone: network: unet, dynunet or swin_unetr.
         width: channels of the network's first level; 0 takes the backbone's default.
         norm: normalisation layers: instance, layer or batch.
+        spatial_dims: 3; or 2 for a network that sees every axial slice by itself, as published slice-wise methods do.
         subjects: `auto` leaves out the validation and test subjects that `finetune` on this folder will use, where
             enough subjects are labelled to hold some out; `all` takes every subject.
         test_fraction: share of labelled subjects held out for test.
@@ -101,6 +102,7 @@ class PretrainConfig:
     backbone: str = "unet"
     width: int = 0
     norm: str = "instance"
+    spatial_dims: int = 3
     subjects: str = "auto"
     test_fraction: float = 0.25
     val_fraction: float = 0.1

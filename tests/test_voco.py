@@ -13,7 +13,8 @@ from medcl.errors import MedclError
 from medcl.losses.voco import VARIANTS
 from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.networks.ema import MomentumTeacher, cosine_momentum
-from medcl.pretext.voco import VoCo, base_grid, cut, network_input, tile
+from medcl.pretext.sizes import network_input
+from medcl.pretext.voco import VoCo, base_grid, cut, tile
 
 PLAN = Plan(volume_size=(35, 51, 36), strides=((2, 2, 2),) * 3)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +34,17 @@ def start_around(
         else:
             starts.append(int(np.clip(v - rng.integers(0, n), 0, extent - n)))
     return starts
+
+
+class Places(Protocol):
+    """Where in a volume a pretext task reads."""
+
+    @property
+    def count(self) -> int:
+        """Reads a volume."""
+
+    def __call__(self, shape: Sequence[int], size: Sequence[int], rng: np.random.Generator) -> list[list[int]]:
+        """First voxels of `count` reads of `size` in a volume of `shape`."""
 
 
 class CropDataset(Dataset):
@@ -93,6 +106,43 @@ class Anywhere:
         return [random_start(shape, size, rng)]
 
 
+class Partitions:
+    """One read for every cell of a grid over the volume, its centre at a random place in the cell.
+
+    The volume is divided as in Chaitanya et al. (NeurIPS 2020): cell k of g spans the voxels from k * floor(n / g) on,
+    and what is left over at the far end is not sampled. A read that would stick out is moved inside.
+
+    Args:
+        grid: cells along each axis; an axis with one cell is read anywhere.
+    """
+
+    def __init__(self, grid: Sequence[int]):
+        self.grid = tuple(grid)
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.grid)
+
+    def __call__(self, shape: Sequence[int], size: Sequence[int], rng: np.random.Generator) -> list[list[int]]:
+        """First voxels of the reads of a volume of `shape`, the last axis of the grid fastest.
+
+        An axis with fewer voxels than cells gives several cells the same voxel.
+        """
+        starts = []
+        for cell in itertools.product(*map(range, self.grid)):
+            start = random_start(shape, size, rng)
+            for axis, (k, g) in enumerate(zip(cell, self.grid, strict=True)):
+                n, extent = size[axis], shape[axis]
+                if g > 1 and extent > n:
+                    first, last = (
+                        (k * (extent // g), (k + 1) * (extent // g)) if extent >= g else (k * extent // g,) * 2
+                    )
+                    centre = int(rng.integers(first, max(last, first + 1)))
+                    start[axis] = min(max(centre - n // 2, 0), extent - n)
+            starts.append(start)
+        return starts
+
+
 class ReadDataset(Dataset):
     """Sample number to the reads of one volume that a pretext task asks for.
 
@@ -103,11 +153,11 @@ class ReadDataset(Dataset):
         places: where to read in a volume of a given shape; always `places.count` reads.
 
     A sample is a dict whose tensors have one row a read: `image` (R, 1, X, Y, Z) float32, `seed` (R,), `volume` (R,)
-    the volume's number, `start` (R, 3) first voxel in the volume (negative where the volume is smaller), `extent`
-    (R, 3) voxels of the volume.
+    the volume's number, `place` (R,) which of the places a read is, `start` (R, 3) first voxel in the volume (negative
+    where the volume is smaller), `extent` (R, 3) voxels of the volume.
     """
 
-    def __init__(self, volumes: Sequence[Path], size: Sequence[int], seed: int, places: Anywhere | None = None):
+    def __init__(self, volumes: Sequence[Path], size: Sequence[int], seed: int, places: Places | None = None):
         self.crops = CropDataset(volumes, size, seed)
         self.places = places or Anywhere()
 
@@ -125,6 +175,7 @@ class ReadDataset(Dataset):
             "image": torch.stack([torch.from_numpy(volume.image(start, crops.size))[None] for start in starts]),
             "seed": torch.from_numpy(rng.integers(0, 2**62, len(starts))),
             "volume": torch.full((len(starts),), index),
+            "place": torch.arange(len(starts)),
             "start": torch.tensor(starts),
             "extent": torch.tensor(volume.shape).repeat(len(starts), 1),
         }

@@ -67,6 +67,10 @@ class Plan:
     def anisotropic(self) -> bool:
         return max(self.spacing) / min(self.spacing) >= THICK
 
+    def slicewise(self) -> Plan:
+        """The plan of a network that sees every slice along the last axis by itself: nothing strides there."""
+        return dataclasses.replace(self, strides=tuple((a, b, 1) for a, b, _ in self.strides if max(a, b) > 1))
+
     def save(self, path: str | Path) -> None:
         write_json(path, {"medcl_plan": PLAN_VERSION, **json.loads(json.dumps(asdict(self)))})
 

@@ -30,6 +30,8 @@ class BackboneSpec:
         strides: one triple per down-sampling, finest first. `swin_unetr` halves every axis five times regardless.
         width: channels of the first level, 0 for the backbone's default.
         norm: a key of `NORMS`.
+        spatial_dims: 3; or 2 for a network that sees every slice along the last axis by itself: its kernels are one
+            voxel thick there, and nothing strides. It takes volumes all the same.
     """
 
     name: str = "unet"
@@ -38,6 +40,7 @@ class BackboneSpec:
     strides: tuple[Triple, ...] = ((2, 2, 2),) * 3
     width: int = 0
     norm: str = "instance"
+    spatial_dims: int = 3
 
 
 class Backbone(nn.Module, ABC):
@@ -181,6 +184,7 @@ class UNetBackbone(Backbone):
             "channels": list(self.channels),
             "strides": [list(stride) for stride in spec.strides],
             "num_res_units": 2,
+            **({"kernel_size": [3, 3, 1], "up_kernel_size": [3, 3, 1]} if spec.spatial_dims == 2 else {}),
             "norm": _norm(spec),
         }
 
@@ -333,6 +337,10 @@ def build_backbone(spec: BackboneSpec) -> Backbone:
     """
     if spec.name not in BACKBONES:
         raise MedclError(f"unknown backbone {spec.name!r}", "--backbone", f"Use one of {', '.join(BACKBONES)}.")
+    if spec.spatial_dims not in (2, 3):
+        raise MedclError(f"{spec.spatial_dims} is neither 2 nor 3", "--spatial_dims", "Give 2 for slices, or 3.")
+    if spec.spatial_dims == 2 and (spec.name == "swin_unetr" or any(stride[2] > 1 for stride in spec.strides)):
+        raise MedclError(f"{spec.name} cannot see slices by themselves", "--backbone", "Use unet or dynunet.")
     try:
         return BACKBONES[spec.name](spec)
     except ValueError as error:

@@ -62,3 +62,28 @@ class ProjectionHead(nn.Sequential):
             ]
             width = hidden
         super().__init__(*steps, nn.Linear(width, out_features))
+
+
+class PointwiseHead(nn.Module):
+    """Two 1x1x1 convolutions on a map (N, C, D, H, W), batch norm and ReLU between them; the same at every voxel.
+
+    The local head of Chaitanya et al. (NeurIPS 2020): widths as the map's, without bias.
+
+    Args:
+        channels: of the map.
+        out_channels: of the result, by default the same.
+        hidden: between the two, by default the same.
+    """
+
+    def __init__(self, channels: int, out_channels: int | None = None, hidden: int | None = None):
+        super().__init__()
+        hidden = hidden or channels
+        self.first = nn.Linear(channels, hidden, bias=False)
+        self.norm = JoinedBatchNorm()
+        self.last = nn.Linear(hidden, out_channels or channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.movedim(1, -1)
+        hidden = self.first(rows)
+        hidden = self.norm(hidden.flatten(0, -2)).view_as(hidden)
+        return self.last(F.relu(hidden)).movedim(-1, 1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from medcl.config import from_mapping
-from medcl.data.crops import Anywhere
+from medcl.data.crops import Anywhere, Places
 from medcl.data.plan import Plan
 from medcl.errors import MedclError
 from medcl.networks.backbones import Backbone
@@ -69,14 +69,14 @@ class PretextTask(nn.Module, ABC):
         self.backbone = backbone
         self.plan = plan
         self.options: Any = from_mapping(self.Options, options, "options of the task")
-        self.places = Anywhere()
+        self.places: Places = Anywhere()
 
     @abstractmethod
     def views(self, batch: Tensors) -> Tensors:
         """Views of a batch of reads, every tensor with leading dimension N, or a multiple of it.
 
         Args:
-            batch: `image` (N, 1, *read_size), `seed` (N,) on the CPU, `volume` (N,), `start` (N, 3) and `extent`
+            batch: `image` (N, 1, *read_size), `seed` (N,) on the CPU, `volume` and `place` (N,), `start` and `extent`
                 (N, 3) as `medcl.data.crops.ReadDataset` gives them. A pure function of these.
         """
 

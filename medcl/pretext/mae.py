@@ -30,6 +30,7 @@ from medcl.networks.backbones import Backbone
 from medcl.networks.heads import pooled_pyramid
 from medcl.networks.masked import MaskedEncoder, ReconstructionHead, token_size
 from medcl.pretext.base import Pairs, PretextTask, Tensors, Triple
+from medcl.pretext.checks import Checks
 from medcl.transforms.compose import ViewIntensity, view_intensity
 from medcl.transforms.random import uniform
 
@@ -240,21 +241,13 @@ def check_options(options: MAEOptions) -> None:
     Raises:
         MedclError: an unknown name, a count that is not a positive number, or a share out of its range.
     """
-    where = "options of mae"
+    checks = Checks(options, "mae")
     for name, known in CHOICES.items():
-        if getattr(options, name) not in known:
-            raise MedclError(f"unknown {name} {getattr(options, name)!r}", where, f"Use one of {', '.join(known)}.")
-    if not isinstance(options.ratio, (int, float)) or not 0 < options.ratio < 1:
-        raise MedclError(f"ratio is {options.ratio!r}", where, "Give a number between 0 and 1, both excluded.")
-    if not isinstance(options.flip, (int, float)) or not 0 <= options.flip <= 1:
-        raise MedclError(f"flip is {options.flip!r}", where, "Give a number between 0 and 1.")
-    for name in ("block", "size"):
-        value = getattr(options, name)
-        if value is None and name == "size":
-            continue
-        numbers = [value] * 3 if name == "block" and isinstance(value, int) else value
-        triple = isinstance(numbers, (list, tuple)) and len(numbers) == 3
-        if not triple or not all(type(n) is int and n > 0 for n in numbers):
-            raise MedclError(
-                f"{name} is {value!r}", where, "Give positive whole numbers, three of them or for block one."
-            )
+        checks.one_of(name, known)
+    checks.between("ratio", 0, 1, above=True, below=True)
+    checks.between("flip", 0, 1)
+    checks.triples("size")
+    if isinstance(options.block, int):
+        checks.counts("block")
+    else:
+        checks.triples("block")

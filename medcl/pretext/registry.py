@@ -9,7 +9,11 @@ from medcl.errors import MedclError
 from medcl.pretext.base import PretextTask
 
 TASKS = {
+    "dcl": "medcl.pretext.simclr:DCL",
+    "global_contrast": "medcl.pretext.global_contrast:GlobalContrast",
+    "local_contrast": "medcl.pretext.local_contrast:LocalContrast",
     "mae": "medcl.pretext.mae:MAE",
+    "simclr": "medcl.pretext.simclr:SimCLR",
     "voco": "medcl.pretext.voco:VoCo",
 }
 

@@ -107,8 +107,13 @@ def pretrain(config: PretrainConfig) -> Path:
     else:
         subjects, split = choose_subjects(manifest, config)
         plan = plan_for(manifest, config.plan, device=accelerator, n4=config.n4)
+        if config.spatial_dims == 2:
+            plan = plan.slicewise()
     pl.seed_everything(config.seed, verbose=False)
-    spec = BackboneSpec(config.backbone, 1, max(2, len(plan.labels) + 1), plan.strides, config.width, config.norm)
+    classes = max(2, len(plan.labels) + 1)
+    spec = BackboneSpec(
+        config.backbone, 1, classes, plan.strides, config.width, config.norm, config.spatial_dims
+    )  # fmt: skip
     task = kind(build_backbone(spec), plan, config.options)
 
     run = open_run(config.out, config, "pretrain", config.resume)
@@ -196,7 +201,8 @@ def contract_of(
         kind="pretrained",
         backbone=spec,
         plan=plan,
-        trained=task.trains,
+        # a decoder is of no use without the encoder that it reads, trained or not
+        trained=("encoder", *(part for part in task.trains if part != "encoder")),
         task=config.task,
         options=task.resolved(),
         source=str(Path(config.source).resolve()),

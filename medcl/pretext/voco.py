@@ -18,22 +18,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medcl.data.plan import THICK, Plan, round_up
+from medcl.data.plan import THICK, Plan
 from medcl.errors import MedclError
 from medcl.losses.voco import VARIANTS, overlap_labels, voco_loss
 from medcl.networks.backbones import Backbone
 from medcl.networks.ema import MomentumTeacher, cosine_momentum
 from medcl.networks.heads import ProjectionHead, pooled_pyramid
 from medcl.pretext.base import Pairs, PretextTask, Tensors, Triple
-from medcl.transforms.compose import STRONG_VIEWS, ViewIntensity, view_intensity
+from medcl.pretext.checks import Checks
+from medcl.pretext.sizes import enlarged, network_input
+from medcl.transforms.compose import INTENSITY, view_intensity
 from medcl.transforms.random import mix_seeds, uniform
 
-INTENSITY = {"none": None, "weak": ViewIntensity(), "strong": STRONG_VIEWS}
 LARGEST_CROP = 64
-FEWEST_FEATURES = 4  # voxels of the coarsest map: instance norm and pooling need some to speak of
 
 
 @dataclass(frozen=True)
@@ -133,9 +132,7 @@ class VoCo(PretextTask):
     def embed(self, views: Tensors) -> tuple[Tensors, Tensors]:
         crops, bases = views["crops"], views["bases"]
         batch = len(crops)
-        pixels = torch.cat([crops, bases], dim=1).flatten(0, 1)
-        if self.input_size != self.crop_size:
-            pixels = F.interpolate(pixels, size=self.input_size, mode="trilinear", align_corners=False)
+        pixels = enlarged(torch.cat([crops, bases], dim=1).flatten(0, 1), self.input_size)
         features = pooled_pyramid(self.backbone.encode(pixels))
         z = {"student": self.projection_head(features)}
         if self.teacher is not None:
@@ -174,29 +171,15 @@ def check_options(options: VoCoOptions) -> None:
     Raises:
         MedclError: a name is unknown, a count is not a positive number, or a share not between 0 and 1.
     """
-
-    def refuse(name: str, remedy: str) -> None:
-        raise MedclError(f"{name} is {getattr(options, name)!r}", "options of voco", remedy)
-
-    for name, known in (("variant", list(VARIANTS)), ("intensity", list(INTENSITY))):
-        if getattr(options, name) not in known:
-            refuse(name, f"Use one of {', '.join(known)}.")
-    for name in ("crops", "max_bases", "hidden", "embedding"):
-        if not is_count(getattr(options, name)):
-            refuse(name, "Give a positive number.")
-    for name, most in (("momentum", 1.0), ("feature_dropout", 0.9), ("flip", 1.0), ("regulariser", math.inf)):
-        value = getattr(options, name)
-        if not isinstance(value, (int, float)) or not 0 <= value <= most or math.isinf(value):
-            refuse(name, "Give 0 or more." if math.isinf(most) else f"Give a number between 0 and {most:g}.")
-    for name in ("crop_size", "grid"):
-        value = getattr(options, name)
-        triple = isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_count, value))
-        if value is not None and not triple:
-            refuse(name, "Give three positive numbers.")
-
-
-def is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    checks = Checks(options, "voco")
+    checks.one_of("variant", VARIANTS)
+    checks.one_of("intensity", INTENSITY)
+    checks.counts("crops", "max_bases", "hidden", "embedding")
+    checks.between("momentum", 0, 1)
+    checks.between("feature_dropout", 0, 0.9)
+    checks.between("flip", 0, 1)
+    checks.between("regulariser", 0)
+    checks.triples("crop_size", "grid")
 
 
 def base_grid(
@@ -246,15 +229,6 @@ def base_grid(
             "voco", "Give a smaller --options.crop_size, or a finer spacing in plan.json.",
         )  # fmt: skip
     return crop_size, grid
-
-
-def network_input(crop: Triple, multiple: Triple) -> Triple:
-    """The size crops are enlarged to: multiples of the network's total stride with a few voxels left at its bottom."""
-    size = round_up(crop, multiple)
-    while math.prod(n // m for n, m in zip(size, multiple, strict=True)) < FEWEST_FEATURES:
-        a, b, c = (n * 2 if n == min(size) else n for n in size)
-        size = (a, b, c)
-    return size
 
 
 def cut(volume: Tensor, starts: Tensor, size: Triple) -> Tensor:

@@ -157,6 +157,7 @@ STRONG_VIEWS = ViewIntensity(
     p_gamma=0.5,
     p_gamma_inverted=0.25,
 )
+INTENSITY = {"none": None, "weak": ViewIntensity(), "strong": STRONG_VIEWS}
 
 
 def _intensity(modality: str, preset: StrongAugmentation | ViewIntensity) -> list[RandomTransform]:

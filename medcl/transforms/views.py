@@ -21,7 +21,7 @@ class RandomView:
         spacing: mm along D, H, W.
         modality: `MR`, `CT` or `unknown`.
         intensity: changes of appearance, or None.
-        rotate_deg: largest angle about each axis; 0 with a `scale` of (1, 1) resamples nothing.
+        rotate_deg: largest angle about each axis, or one for each; 0 with a `scale` of (1, 1) resamples nothing.
         scale: range of the growth of what is seen.
         flip: probability of mirroring each axis.
     """
@@ -32,13 +32,14 @@ class RandomView:
         spacing: Spacing,
         modality: str,
         intensity: ViewIntensity | None,
-        rotate_deg: float = 0.0,
+        rotate_deg: float | Sequence[float] = 0.0,
         scale: Range = (1.0, 1.0),
         flip: Sequence[float] = (0.0, 0.0, 0.0),
     ):
         self.size, self.spacing = tuple(size), tuple(spacing)
-        moves = rotate_deg > 0 or tuple(scale) != (1.0, 1.0)
-        self.spatial = RandomSpatial(rotate_deg, scale, flip=flip, p_affine=float(moves))
+        angles = [rotate_deg] * 3 if isinstance(rotate_deg, int | float) else list(rotate_deg)
+        moves = max(angles) > 0 or tuple(scale) != (1.0, 1.0)
+        self.spatial = RandomSpatial(angles, (scale[0], scale[1]), flip=flip, p_affine=float(moves))
         self.intensity = view_intensity(modality, spacing, intensity) if intensity else None
 
     def __call__(self, read: Tensor, seeds: Tensor, view: int) -> tuple[Tensor, Tensor]:

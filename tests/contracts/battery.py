@@ -39,12 +39,12 @@ def volume(number: int, shape: tuple[int, int, int]) -> Tensor:
 
 def batch_for(task: PretextTask, volumes: range) -> Tensors:
     """Reads as `medcl.data.crops.ReadDataset` gives them; one axis is shorter than the read, one longer."""
-    reads: dict[str, list[Tensor]] = {name: [] for name in ("image", "seed", "volume", "start", "extent")}
+    reads: dict[str, list[Tensor]] = {name: [] for name in ("image", "seed", "volume", "place", "start", "extent")}
     a, b, c = task.read_size
     for number in volumes:
         shape = (a + 6, b, c - 2)
         image, rng = volume(number, shape), np.random.default_rng(number)
-        for start in task.places(shape, task.read_size, rng):
+        for place, start in enumerate(task.places(shape, task.read_size, rng)):
             index = [
                 (torch.arange(n) + s).clamp(0, extent - 1)
                 for s, n, extent in zip(start, task.read_size, shape, strict=True)
@@ -52,6 +52,7 @@ def batch_for(task: PretextTask, volumes: range) -> Tensors:
             reads["image"].append(image[:, index[0]][:, :, index[1]][:, :, :, index[2]])
             reads["seed"].append(torch.tensor(int(rng.integers(0, 2**62))))
             reads["volume"].append(torch.tensor(number))
+            reads["place"].append(torch.tensor(place))
             reads["start"].append(torch.tensor(start))
             reads["extent"].append(torch.tensor(shape))
     return {name: torch.stack(rows) for name, rows in reads.items()}

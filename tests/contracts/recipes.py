@@ -51,6 +51,18 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
+    "simclr": Recipe(options={"size": [16, 16, 16]}, swin={"size": [32, 32, 32]}, variants=({"loss": "dclw"},)),
+    "dcl": Recipe(options={"size": [16, 16, 16]}, swin={"size": [32, 32, 32]}),
+    "global_contrast": Recipe(
+        options={"partitions": [1, 1, 2], "size": [16, 16, 8]},
+        swin={"size": [32, 32, 16]},
+        variants=({"strategy": "GR"}, {"strategy": "GD-"}),
+    ),
+    "local_contrast": Recipe(
+        options={"partitions": [1, 1, 2], "region": 1, "regions": 2, "size": [16, 16, 16]},
+        swin={"size": [64, 64, 32]},
+        variants=({"strategy": "LD"}, {"freeze_encoder": False, "rotate_deg": 10.0}),
+    ),
     "voco": Recipe(
         options={"crops": 2, "grid": [2, 2, 1]},
         variants=({"variant": "paper"}, {"variant": "v2"}),

@@ -1,0 +1,162 @@
+"""Global contrast: what lies at the same height of two bodies is alike.
+
+Chaitanya et al., NeurIPS 2020, section 3.1. There a partition is a range of axial slices, and a network sees one slice.
+In 3D it is a slab, or a cell of a grid over the volume; with `spatial_dims: 2` networks see slices as in the paper. The
+volumes must cover about the same part of the body along the axes that are partitioned.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from medcl.data.crops import Partitions
+from medcl.data.plan import Plan
+from medcl.errors import MedclError
+from medcl.losses.contrastive import contrast
+from medcl.losses.global_contrast import STRATEGIES, VERSIONS, global_masks
+from medcl.networks.backbones import Backbone
+from medcl.networks.heads import ProjectionHead, pooled_pyramid
+from medcl.pretext.base import Pairs, PretextTask, Tensors
+from medcl.pretext.checks import Checks
+from medcl.pretext.sizes import enlarged, network_input, view_size
+from medcl.transforms.compose import INTENSITY
+from medcl.transforms.views import RandomView
+
+ROOM = 4 / 3  # a read is this much longer than a view along axes that are not partitioned
+
+
+@dataclass(frozen=True)
+class GlobalContrastOptions:
+    """Settings of global contrast.
+
+    Attributes:
+        strategy: `GR`, `GD-` or `GD`.
+        partitions: cells along each axis; the default cuts four slabs along the body. Their product is the reads a
+            volume, and with the batch size the rows of a step.
+        size: voxels of a view; by default what a cell holds, and the fine-tuning patch along the other axes.
+        temperature: of the similarities.
+        rotate_deg: largest rotation of a view about each axis.
+        scale: range of the growth of what a view shows.
+        intensity: random intensity changes of a view: none, weak or strong.
+        hidden, embedding: widths of the projection head.
+    """
+
+    strategy: str = "GD"
+    partitions: tuple[int, int, int] = (1, 1, 4)
+    size: tuple[int, int, int] | None = None
+    temperature: float = 0.1
+    rotate_deg: float = 15.0
+    scale: tuple[float, float] = (0.8, 1.25)
+    intensity: str = "strong"
+    hidden: int = 512
+    embedding: int = 128
+
+
+class GlobalContrast(PretextTask):
+    """Contrast of partitions over volumes."""
+
+    Options = GlobalContrastOptions
+
+    def __init__(self, backbone: Backbone, plan: Plan, options: dict[str, Any]):
+        super().__init__(backbone, plan, options)
+        chosen: GlobalContrastOptions = self.options
+        check_options(chosen)
+        x, y, z = chosen.partitions
+        self.partitions = (x, y, z)
+        check_partitions(self.partitions, plan)
+        several = math.prod(self.partitions) > 1
+        self.needs_volumes = 1 if chosen.strategy != "GD" and several else 2
+        flat = backbone.spec.spatial_dims == 2
+        a, b, c = chosen.size or view_size(plan, self.partitions)
+        self.size = (a, b, 1 if flat and not chosen.size else c)
+        self.input_size = network_input(self.size, backbone.multiple)
+        self.read_size = self._read_size()
+        self.places = Partitions(self.partitions)
+        self.view = RandomView(
+            self.size, plan.spacing, plan.modality, INTENSITY[chosen.intensity],
+            (0.0, 0.0, chosen.rotate_deg) if flat else chosen.rotate_deg, chosen.scale,
+        )  # fmt: skip
+        self.plain = RandomView(self.size, plan.spacing, plan.modality, None)
+        self.projection_head = ProjectionHead(sum(backbone.channels), chosen.hidden, chosen.embedding, layers=2)
+
+    def _read_size(self) -> tuple[int, int, int]:
+        x, y, z = (
+            n if parts > 1 else max(n, min(round(n * ROOM), extent))
+            for n, extent, parts in zip(self.size, self.plan.volume_size, self.partitions, strict=True)
+        )
+        return x, y, z
+
+    def describe(self) -> str:
+        grid, size = (" x ".join(map(str, n)) for n in (self.partitions, self.size))
+        return f"{self.options.strategy} on {grid} partitions, views of {size} voxels"
+
+    def views(self, batch: Tensors) -> Tensors:
+        """`view` (N, V, 1, *size) of N reads, and their `volume` and `partition` (N,)."""
+        image, seeds = batch["image"], batch["seed"]
+        original = self.options.strategy != "GR"  # is one of the versions
+        shown = [
+            (self.plain if original and number == 0 else self.view)(image, seeds, number)[0]
+            for number in range(VERSIONS[self.options.strategy])
+        ]
+        return {"view": torch.stack(shown, dim=1), "volume": batch["volume"], "partition": batch["place"]}
+
+    def embed(self, views: Tensors) -> tuple[Tensors, Tensors]:
+        n, versions = views["view"].shape[:2]
+        pixels = enlarged(views["view"].flatten(0, 1), self.input_size)
+        features = pooled_pyramid(self.backbone.encode(pixels))
+        z = self.projection_head(features).float()
+        marks = {"volume": views["volume"], "partition": views["partition"], "features": features.detach().float()}
+        return {"z": z.view(n, versions, -1)}, marks
+
+    def masks(self, z: Tensors, marks: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+        n, versions = z["z"].shape[:2]
+        read = torch.arange(n, device=z["z"].device)
+        rows = (each.repeat_interleave(versions) for each in (read, marks["volume"], marks["partition"]))
+        return global_masks(self.options.strategy, *rows)
+
+    def objective(self, z: Tensors, marks: Tensors) -> Tensors:
+        rows = z["z"].flatten(0, 1)
+        return {"loss": contrast(rows, rows, *self.masks(z, marks), self.options.temperature)}
+
+    def pairs(self, views: Tensors, z: Tensors, marks: Tensors) -> Pairs:
+        return Pairs(z["z"].flatten(0, 1), *self.masks(z, marks), marks["features"])
+
+
+def check_partitions(partitions: tuple[int, int, int], plan: Plan) -> None:
+    """Refuses a grid that the volumes cannot fill.
+
+    Raises:
+        MedclError: more partitions along an axis than the median volume has voxels.
+    """
+    for axis, (parts, extent) in enumerate(zip(partitions, plan.volume_size, strict=True)):
+        if parts > extent:
+            raise MedclError(
+                f"{parts} partitions along axis {axis}, where the median volume has {extent} voxels",
+                "--options.partitions", f"Give at most {extent}.",
+            )  # fmt: skip
+
+
+def check_options(options: GlobalContrastOptions) -> None:
+    """Refuses values that cannot work.
+
+    Raises:
+        MedclError: a name is unknown, a number out of its range, or a single partition where several are contrasted.
+    """
+    checks = Checks(options, "global_contrast")
+    checks.one_of("strategy", STRATEGIES)
+    checks.one_of("intensity", INTENSITY)
+    if options.partitions is None:
+        checks.refuse("partitions", "Give three positive numbers.")
+    checks.triples("partitions", "size")
+    if options.strategy != "GR" and max(options.partitions) == 1:
+        checks.refuse(
+            "partitions", "A single one has no negatives: give 2 or more along an axis, or --options.strategy GR."
+        )
+    checks.between("temperature", 0, above=True)
+    checks.between("rotate_deg", 0, 180)
+    checks.growth("scale")
+    checks.counts("hidden", "embedding")
