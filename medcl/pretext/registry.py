@@ -11,8 +11,10 @@ from medcl.pretext.base import PretextTask
 TASKS = {
     "dcl": "medcl.pretext.simclr:DCL",
     "global_contrast": "medcl.pretext.global_contrast:GlobalContrast",
+    "global_local": "medcl.pretext.global_local:GlobalLocal",
     "local_contrast": "medcl.pretext.local_contrast:LocalContrast",
     "mae": "medcl.pretext.mae:MAE",
+    "pixpro": "medcl.pretext.pixpro:PixPro",
     "simclr": "medcl.pretext.simclr:SimCLR",
     "voco": "medcl.pretext.voco:VoCo",
 }

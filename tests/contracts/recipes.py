@@ -63,6 +63,19 @@ RECIPES: dict[str, Recipe] = {
         swin={"size": [64, 64, 32]},
         variants=({"strategy": "LD"}, {"freeze_encoder": False, "rotate_deg": 10.0}),
     ),
+    "global_local": Recipe(
+        options={
+            "mode": "joint",
+            "global_contrast": {"partitions": [1, 1, 2], "size": [16, 16, 8], **TINY},
+            "local_contrast": {"region": 1, "regions": 2, "embedding": 16},
+        },
+        swin={"global_contrast": {"partitions": [1, 1, 2], "size": [64, 64, 32], **TINY}},
+    ),
+    "pixpro": Recipe(
+        options={"size": [16, 16, 16], "blocks": 1},
+        swin={"size": [64, 64, 32]},
+        variants=({"form": "contrast", "blocks": 0, "temperature": 0.1, "momentum": 0.9}, {"blocks": 0}),
+    ),
     "voco": Recipe(
         options={"crops": 2, "grid": [2, 2, 1]},
         variants=({"variant": "paper"}, {"variant": "v2"}),

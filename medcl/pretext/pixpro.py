@@ -1,0 +1,206 @@
+"""PixPro: voxels that show the same place in two views have the same embedding.
+
+Xie et al., CVPR 2021 (see `medcl.losses.dense`). Places are compared in mm, by coordinates that travel with the views,
+so rotated, scaled and mirrored views keep their exact correspondence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medcl.data.plan import Plan
+from medcl.errors import MedclError
+from medcl.losses.dense import close_pairs, dense_contrast, propagate, propagation_loss
+from medcl.networks.backbones import Backbone
+from medcl.networks.ema import MomentumTeacher, cosine_momentum
+from medcl.networks.heads import PointwiseHead
+from medcl.pretext.base import Pairs, PretextTask, Tensors
+from medcl.pretext.checks import Checks
+from medcl.pretext.sizes import enlarged, network_input, view_size
+from medcl.transforms.compose import INTENSITY
+from medcl.transforms.correspondence import affine_of, grid_points, map_to_view
+from medcl.transforms.views import RandomView
+
+MOST_VOXELS = 512  # of a map by default: pairs of voxels are compared
+ROOM = 5 / 4  # a read is this much longer than a view along each axis
+
+
+@dataclass(frozen=True)
+class PixProOptions:
+    """Settings of PixPro.
+
+    Attributes:
+        form: `propagation` is PixPro itself, `contrast` is PixContrast.
+        blocks: decoder blocks before the map that is compared, 0 for the encoder's coarsest map; by default as many as
+            leave it at most 512 voxels.
+        distance: pairs closer than this share of a map voxel's diagonal show the same place.
+        gamma: sharpness of the propagation.
+        temperature: of the contrast.
+        momentum: of the teacher at the start; it rises to 1.
+        size: voxels of a view; by default the fine-tuning patch, no larger than the median volume.
+        rotate_deg: largest rotation of a view about each axis.
+        scale: range of the growth of what a view shows.
+        flip: probability of mirroring a view along each axis.
+        intensity: random intensity changes of a view: none, weak or strong.
+        hidden, embedding: widths of the head.
+    """
+
+    form: str = "propagation"
+    blocks: int | None = None
+    distance: float = 0.7
+    gamma: float = 2.0
+    temperature: float = 0.3
+    momentum: float = 0.99
+    size: tuple[int, int, int] | None = None
+    rotate_deg: float = 15.0
+    scale: tuple[float, float] = (0.8, 1.25)
+    flip: float = 0.0
+    intensity: str = "strong"
+    hidden: int = 256
+    embedding: int = 128
+
+
+class PixPro(PretextTask):
+    """Dense consistency of two views."""
+
+    Options = PixProOptions
+
+    def __init__(self, backbone: Backbone, plan: Plan, options: dict[str, Any]):
+        super().__init__(backbone, plan, options)
+        chosen: PixProOptions = self.options
+        check_options(chosen)
+        a, b, c = chosen.size or view_size(plan)
+        self.size = (a, b, c)
+        self.input_size = network_input(self.size, backbone.multiple)
+        x, y, z = (max(n, min(round(n * ROOM), v)) for n, v in zip(self.size, plan.volume_size, strict=True))
+        self.read_size = (x, y, z)
+        self.blocks, self.map_size, channels = choose_map(backbone, self.input_size, chosen.blocks)
+        self.trains = ("encoder", "decoder") if self.blocks else ("encoder",)
+        self.view = RandomView(
+            self.size, plan.spacing, plan.modality, INTENSITY[chosen.intensity], chosen.rotate_deg, chosen.scale,
+            (chosen.flip,) * 3,
+        )  # fmt: skip
+        self.head = PointwiseHead(channels, chosen.embedding, chosen.hidden)
+        self.transform = nn.Linear(chosen.embedding, chosen.embedding) if chosen.form == "propagation" else None
+        self.teacher = MomentumTeacher(self._taught())
+        step = [n / m for n, m in zip(self.size, self.map_size, strict=True)]
+        self.step: Tensor
+        self.spacing: Tensor
+        self.register_buffer("step", torch.tensor(step), persistent=False)
+        self.register_buffer("spacing", torch.tensor(plan.spacing, dtype=torch.float32), persistent=False)
+
+    def _taught(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"backbone": self.backbone, "head": self.head})
+
+    def describe(self) -> str:
+        place = f"after {self.blocks} decoder blocks" if self.blocks else "of the encoder"
+        size, view = (" x ".join(map(str, n)) for n in (self.map_size, self.size))
+        return f"{self.options.form} on a map of {size} voxels {place}, two views of {view} voxels a volume"
+
+    def views(self, batch: Tensors) -> Tensors:
+        """`view` (N, 2, 1, *size), the map voxels' centres `mm` (N, 2, P, 3), and a map voxel's `diagonal` (N, 2)."""
+        shown = [self.view(batch["image"], batch["seed"], number) for number in range(2)]
+        points = map_to_view(grid_points(self.map_size, self.step.device), self.step)
+        centres, diagonals = [], []
+        for _, where in shown:
+            matrix, origin = affine_of(where)
+            centres.append((points @ matrix.mT + origin[:, None]) * self.spacing)
+            diagonals.append((matrix @ torch.diag(self.step) * self.spacing[:, None]).square().sum((1, 2)).sqrt())
+        return {
+            "view": torch.stack([image for image, _ in shown], dim=1),
+            "mm": torch.stack(centres, dim=1),
+            "diagonal": torch.stack(diagonals, dim=1),
+        }
+
+    def embed(self, views: Tensors) -> tuple[Tensors, Tensors]:
+        pixels = enlarged(views["view"].flatten(0, 1), self.input_size)
+        taught: Any = self.teacher.module
+        x = self._dense(self.backbone, self.head, pixels)
+        with torch.no_grad():
+            z = {"teacher": self._dense(taught["backbone"], taught["head"], pixels)}
+        if self.transform is None:
+            z["student"] = x
+        else:
+            rows = x.flatten(0, 1)
+            z["student"] = propagate(rows, self.transform(rows), self.options.gamma).view_as(x)
+        diagonal = views["diagonal"].amax(1)
+        close = close_pairs(views["mm"][:, 0], views["mm"][:, 1], diagonal, self.options.distance)
+        return z, {"close": close, "features": x.detach().mean(2).flatten(0, 1)}
+
+    def _dense(self, backbone: Backbone, head: nn.Module, pixels: Tensor) -> Tensor:
+        """Embeddings (N, 2, P, d) of views (2 N, 1, *input_size)."""
+        features = backbone.encode(pixels)
+        dense = head(backbone.decode(features, self.blocks) if self.blocks else features[-1])
+        return dense.flatten(2).mT.float().unflatten(0, (-1, 2))
+
+    def objective(self, z: Tensors, marks: Tensors) -> Tensors:
+        student, teacher, close = z["student"], z["teacher"], marks["close"]
+        if self.options.form == "contrast":
+            return {"loss": dense_contrast(student, teacher, close, self.options.temperature)}
+        return {"loss": propagation_loss(student, teacher, close)}
+
+    @torch.no_grad()
+    def trivial(self, z: Tensors, marks: Tensors) -> dict[str, float]:
+        """As for every task; but without negatives equal embeddings are the optimum itself: a floor, named so."""
+        values = super().trivial(z, marks)
+        if self.options.form == "propagation":
+            values["collapsed"] = values.pop("constant")
+        return values
+
+    def pairs(self, views: Tensors, z: Tensors, marks: Tensors) -> Pairs:
+        """Voxels of the first read: those that show the same place are positive, all others negative."""
+        close = marks["close"][0]
+        n = len(close)
+        positive = close.new_zeros((2 * n, 2 * n))
+        positive[:n, n:], positive[n:, :n] = close, close.mT
+        itself = torch.eye(2 * n, dtype=torch.bool, device=close.device)
+        return Pairs(z["student"][0].flatten(0, 1), positive, ~positive & ~itself, marks["features"])
+
+    def after_step(self, progress: float) -> None:
+        self.teacher.update(self._taught(), cosine_momentum(self.options.momentum, progress))
+
+
+def choose_map(
+    backbone: Backbone, input_size: tuple[int, int, int], blocks: int | None
+) -> tuple[int, tuple[int, ...], int]:
+    """Decoder blocks before the map to compare, the map's voxels and its channels.
+
+    Raises:
+        MedclError: more decoder blocks than there are before the output layer.
+    """
+    levels = [len(backbone.channels) - 1, *backbone.decoder_levels]
+    sizes = [tuple(n // r for n, r in zip(input_size, backbone.reductions[i], strict=True)) for i in levels]
+    if blocks is None:
+        blocks = max((i for i, size in enumerate(sizes) if math.prod(size) <= MOST_VOXELS), default=0)
+    if blocks >= len(levels):
+        raise MedclError(
+            f"{blocks} decoder blocks, and {backbone.spec.name} has {len(levels) - 1} before its output layer",
+            "--options.blocks", f"Give at most {len(levels) - 1}.",
+        )  # fmt: skip
+    return blocks, sizes[blocks], backbone.channels[levels[blocks]]
+
+
+def check_options(options: PixProOptions) -> None:
+    """Refuses values that cannot work.
+
+    Raises:
+        MedclError: a name is unknown, or a number out of its range.
+    """
+    checks = Checks(options, "pixpro")
+    checks.one_of("form", ("propagation", "contrast"))
+    checks.one_of("intensity", INTENSITY)
+    if options.blocks is not None and options.blocks != 0:
+        checks.counts("blocks")
+    for name in ("distance", "gamma", "temperature"):
+        checks.between(name, 0, above=True)
+    for name in ("momentum", "flip"):
+        checks.between(name, 0, 1)
+    checks.triples("size")
+    checks.between("rotate_deg", 0, 180)
+    checks.growth("scale")
+    checks.counts("hidden", "embedding")
