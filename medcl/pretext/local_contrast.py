@@ -168,7 +168,7 @@ class LocalContrast(PretextTask):
         """Embeddings (N, R, d) of the regions whose voxels lie at points (N, R, V, 3) of maps (N, C, ...)."""
         n, r, v, _ = points.shape
         with torch.autocast(decoded.device.type, enabled=False):
-            values = sample_at(decoded.float(), points.view(n, r * v, 3)).view(n, r, -1)
+            values = sample_at(decoded.float(), points.reshape(n, r * v, 3)).reshape(n, r, -1)
             return self.region(values)
 
     def objective(self, z: Tensors, marks: Tensors) -> Tensors:

@@ -61,7 +61,7 @@ RECIPES: dict[str, Recipe] = {
     "local_contrast": Recipe(
         options={"partitions": [1, 1, 2], "region": 1, "regions": 2, "size": [16, 16, 16]},
         swin={"size": [64, 64, 32]},
-        variants=({"strategy": "LD"}, {"freeze_encoder": False, "rotate_deg": 10.0}),
+        variants=({"strategy": "LD"}, {"freeze_encoder": False, "rotate_deg": 10.0, "region": 2}),
     ),
     "global_local": Recipe(
         options={
