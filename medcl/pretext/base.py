@@ -24,6 +24,16 @@ from medcl.networks.ranks import gather_rows, world_size
 Triple = tuple[int, int, int]
 Tensors = dict[str, Tensor]
 
+REMEDIES = {
+    "constant": "All views look the same to it: try a lower --lr, a longer --warmup, or a larger --batch_size.",
+    "orthogonal": "It tells views apart and recognises none: try weaker intensity changes (--options.intensity weak), "
+    "smaller rotations, or more --steps.",
+    "collapsed": "All views look the same to it: raise --options.momentum, or lower --lr.",
+    "interpolated": "It continues what is visible and knows no anatomy yet: try more --steps, a higher "
+    "--options.ratio or a larger --options.block.",
+    "rank": "Fewer and fewer directions are used: lower --lr, raise --batch_size, or stop earlier.",
+}
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -51,6 +61,7 @@ class PretextTask(nn.Module, ABC):
     Attributes:
         Options: frozen dataclass of the task's own settings.
         trains: the parts of the backbone whose weights are worth keeping: `encoder`, `decoder`.
+        remedies: what to try where the loss stands at a trivial solution, by its name, or where the `rank` falls.
         gathers: whether the objective looks at the joined batch of all ranks. A mean over a rank's own voxels need not.
         needs_volumes: the fewest different volumes it can learn from.
         backbone: the student.
@@ -59,6 +70,7 @@ class PretextTask(nn.Module, ABC):
     """
 
     Options: ClassVar[type]
+    remedies: ClassVar[dict[str, str]] = REMEDIES
     trains: tuple[str, ...] = ("encoder",)
     gathers: ClassVar[bool] = True
     needs_volumes: int = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from medcl.checkpoint import Contract, save_weights
+from medcl.checkpoint import Contract, load_weights, save_weights, transfer
 from medcl.config import PretrainConfig
 from medcl.data.case import Manifest
 from medcl.data.crops import ReadDataset, StepBatches, crop_loader, join_reads
@@ -23,6 +24,7 @@ from medcl.errors import MedclError
 from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.pretext.base import PretextTask
 from medcl.pretext.registry import task_class
+from medcl.pretext.watch import Watch
 from medcl.run import begun_run, log, open_run, write_provenance
 from medcl.training import (
     adamw,
@@ -46,6 +48,7 @@ class PretextModule(pl.LightningModule):
     def __init__(self, task: PretextTask, dataset: ReadDataset, config: PretrainConfig):
         super().__init__()
         self.task, self.dataset, self.config = task, dataset, config
+        self.seen: dict[str, dict[str, Tensor]] = {}  # of the last step, for diagnostics
 
     def train_dataloader(self) -> Any:
         batches = StepBatches(
@@ -64,7 +67,9 @@ class PretextModule(pl.LightningModule):
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             views = self.task.views(batch)
-        return self.task.loss(views)
+        z, marks = self.task.joined(views)
+        self.seen = {"views": views, "z": {name: rows.detach() for name, rows in z.items()}, "marks": marks}
+        return self.task.objective(z, marks)
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         losses = self.losses(batch)
@@ -99,6 +104,7 @@ def pretrain(config: PretrainConfig) -> Path:
     accelerator = choose_accelerator(config.accelerator)
     precision = choose_precision(config.precision, accelerator)
     kind = task_class(config.task)
+    pretrained = None if config.init == "none" else load_weights(config.init)
     begun = begun_run(config)
     manifest = load_source(config.source, config.channel, begun)
     if begun:
@@ -109,12 +115,16 @@ def pretrain(config: PretrainConfig) -> Path:
         plan = plan_for(manifest, config.plan, device=accelerator, n4=config.n4)
         if config.spatial_dims == 2:
             plan = plan.slicewise()
+        if pretrained:
+            plan = replace(pretrained[0].plan, volume_size=plan.volume_size, labels=plan.labels)
     pl.seed_everything(config.seed, verbose=False)
     classes = max(2, len(plan.labels) + 1)
     spec = BackboneSpec(
         config.backbone, 1, classes, plan.strides, config.width, config.norm, config.spatial_dims
     )  # fmt: skip
-    task = kind(build_backbone(spec), plan, config.options)
+    backbone = build_backbone(spec)
+    taken = transfer(*pretrained, backbone, config.init) if pretrained else None
+    task = kind(backbone, plan, config.options)
 
     run = open_run(config.out, config, "pretrain", config.resume)
     first = resume_step(run) if config.resume else 0
@@ -129,6 +139,8 @@ def pretrain(config: PretrainConfig) -> Path:
         log.info("%d subjects pretrain; %d of validation and %d of test are left out (--subjects all takes them).",
                  len(subjects), len(split.val), len(split.test))  # fmt: skip
 
+    if taken:
+        log.info("%s: %s.", config.init, taken)
     task.check(len({item.case.subject for item in stored}), config.batch_size)
     dataset = ReadDataset([item.path for item in stored], task.read_size, config.seed, task.places)
     module = PretextModule(task, dataset, config)
@@ -141,11 +153,14 @@ def pretrain(config: PretrainConfig) -> Path:
         "About %s for %d steps at %.2f s each; peak memory %.1f GiB.",
         hours(seconds * left_over), left_over, seconds, peak_memory(accelerator),
     )  # fmt: skip
+    watch = Watch(task, config.steps, config.stop_on_collapse)
     trainer = trainer_for(
         run, steps=config.steps, accelerator=accelerator, precision=precision, seed=config.seed,
-        every=config.checkpoint_every, title=f"pretrain {config.task}", resume_step=first,
+        every=config.checkpoint_every, title=f"pretrain {config.task}", resume_step=first, callbacks=(watch,),
     )  # fmt: skip
     fit(trainer, module, run if first else None)
+    if summary := watch.summary():
+        log.info(summary)
     save_weights(run, task.backbone, contract_of(task, config, plan, spec, stored))
     write_provenance(run, began, accelerator=accelerator, precision=precision, seed=config.seed, resumed_at=first)
     log.info("Encoder in %s after %s.", run / "weights", hours(time.monotonic() - began))

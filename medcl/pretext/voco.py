@@ -26,7 +26,7 @@ from medcl.losses.voco import VARIANTS, overlap_labels, voco_loss
 from medcl.networks.backbones import Backbone
 from medcl.networks.ema import MomentumTeacher, cosine_momentum
 from medcl.networks.heads import ProjectionHead, pooled_pyramid
-from medcl.pretext.base import Pairs, PretextTask, Tensors, Triple
+from medcl.pretext.base import REMEDIES, Pairs, PretextTask, Tensors, Triple
 from medcl.pretext.checks import Checks
 from medcl.pretext.sizes import enlarged, network_input
 from medcl.transforms.compose import INTENSITY, view_intensity
@@ -75,6 +75,12 @@ class VoCo(PretextTask):
     """VoCo in one of its three published forms."""
 
     Options = VoCoOptions
+    remedies = REMEDIES | {
+        "constant": "Every crop looks like every base crop: use --options.variant teacher (the paper's single network "
+        "is known to stay here), a lower --lr, and --options.crops and grid that leave most pairs apart.",
+        "orthogonal": "No crop is recognised in any base crop: use --options.variant teacher, weaker intensity changes "
+        "(--options.intensity weak), --options.flip 0, or larger crops, which overlap their base crops more.",
+    }
 
     def __init__(self, backbone: Backbone, plan: Plan, options: dict[str, Any]):
         super().__init__(backbone, plan, options)

@@ -70,7 +70,10 @@ def read_series(run: Path) -> dict[str, Series]:
     return series
 
 
-def curve(named: Mapping[str, Series], label: str, *, scale: float = 1.0, smooth: bool = False) -> str:
+def curve(
+    named: Mapping[str, Series], label: str, *, scale: float = 1.0, smooth: bool = False,
+    lines: Mapping[str, Series] | None = None,
+) -> str:  # fmt: skip
     """One or a few series over optimiser steps.
 
     Args:
@@ -78,9 +81,13 @@ def curve(named: Mapping[str, Series], label: str, *, scale: float = 1.0, smooth
         label: title of the panel.
         scale: factor applied to the values.
         smooth: draw a running median over the raw values, for noisy series.
+        lines: levels to compare with, dashed.
     """
     figure = new_figure(3.5, 2.3)
     axes = figure.add_subplot()
+    for (name, (steps, values)), dashes in zip((lines or {}).items(), ("--", ":", "-.") * 3, strict=False):
+        level = _running_median(values, max(5, len(values) // 5)) if len(values) >= 10 else values
+        axes.plot(*_thinned(steps, level * scale), color=GREY, linewidth=1.0, linestyle=dashes, label=name)
     for (name, (steps, values)), colour in zip(named.items(), (BLUE, ORANGE, GREY, SKY) * 8, strict=False):
         values = values * scale
         if smooth and len(values) >= 50:
@@ -88,7 +95,7 @@ def curve(named: Mapping[str, Series], label: str, *, scale: float = 1.0, smooth
             values = _running_median(values, max(5, len(values) // 50))
         marker = "o" if len(values) <= 30 else None
         axes.plot(*_thinned(steps, values), color=colour, linewidth=1.5, marker=marker, markersize=3, label=name)
-    if len(named) > 1:
+    if len(named) > 1 or lines:
         axes.legend(fontsize=7, frameon=False)
     axes.set_xlabel("step", fontsize=8)
     _plain(axes, label)

@@ -14,6 +14,7 @@ from medcl.data.case import Manifest
 from medcl.evaluation.evaluate import Row, interval_cells
 from medcl.evaluation.metrics import MEASURES
 from medcl.evaluation.statistics import Interval, format_interval
+from medcl.losses.diagnostics import MEANING
 from medcl.report import figures
 from medcl.report import page as html
 
@@ -56,22 +57,33 @@ def numbers(scores: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
 
 
 def curves(series: Mapping[str, figures.Series]) -> list[str]:
-    """Loss, learning rate and validation Dice; whatever else was logged is folded away."""
+    """Loss beside what trivial solutions would give, learning rate, validation Dice; the rest is folded away."""
     groups: dict[str, dict[str, figures.Series]] = {}
+    lines = {
+        MEANING.get(name.removeprefix("trivial_"), name): values
+        for name, values in series.items()
+        if name.startswith("trivial_")
+    }
+    series = {name: values for name, values in series.items() if not name.startswith("trivial_")}
     for name, values in series.items():
         short = name.rsplit("/", 1)[-1]
         if "loss" in short:
             groups.setdefault("loss", {})[name] = values
+        elif short in ("effective_rank", "cosine_gap"):
+            groups.setdefault(short.replace("_", " "), {})[name] = values
         elif short in ("lr", "learning_rate"):
             groups.setdefault("learning rate", {})[name] = values
         elif "dice" in short:
             groups.setdefault("validation Dice (%)", {})[name] = values
         else:
             groups.setdefault(name, {})[name] = values
-    first = [title for title in ("loss", "validation Dice (%)", "learning rate") if title in groups]
+    shown = ("loss", "validation Dice (%)", "effective rank", "cosine gap", "learning rate")
+    first = [title for title in shown if title in groups]
     drawn = {}
     for title, named in groups.items():
-        uri = figures.curve(named, title, scale=100.0 if "Dice" in title else 1.0, smooth=title == "loss")
+        scale = 100.0 if "Dice" in title else 1.0
+        beside = lines if title == "loss" else None
+        uri = figures.curve(named, title, scale=scale, smooth=title == "loss", lines=beside)
         drawn[title] = html.figure(uri, f"{title} by step")
     others = [drawn[title] for title in groups if title not in first]
     return [html.grid(*(drawn[title] for title in first)), html.details("Further series", html.grid(*others))]

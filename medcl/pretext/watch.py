@@ -1,0 +1,127 @@
+"""Watching a pretraining run: is it learning, and if not, at which trivial solution does it stand still?"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from medcl.errors import MedclError
+from medcl.losses.diagnostics import MEANING, RankMemory, describe_pairs
+from medcl.pretext.base import PretextTask
+from medcl.run import log
+from medcl.training import LAST
+
+NEAR = 0.02  # of a trivial value: a loss this near to it, and moving by less than this, stands at it
+SPREAD = 0.2  # below it embeddings count as equal
+FALLEN = 0.5  # of the highest rank seen: below it the representation is collapsing
+SPARE_STEPS = 0.2  # share of a run before a plateau is called one: warm-up passes by the trivial values
+WINDOW = 100  # steps of loss behind a verdict
+
+
+class Watch(pl.Callback):
+    """Logs diagnostics of every so many steps, and warns of a plateau at a trivial solution or a falling rank.
+
+    Args:
+        task: whose embeddings are watched.
+        steps: of the run.
+        stop: end the run at the first warning.
+        every: steps between two looks; by default a hundredth of the run, at least ten.
+    """
+
+    def __init__(self, task: PretextTask, steps: int, stop: bool = False, every: int = 0):
+        self.task, self.steps, self.stop = task, steps, stop
+        self.every = every or max(10, steps // 100)
+        self.memory = RankMemory()
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.trivial: dict[str, deque[float]] = {}
+        self.first_rank: float | None = None
+        self.best_rank, self.last_rank = 0.0, float("nan")
+        self.last_spread = 1.0
+        self.warned: set[str] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self.first_rank, "best": self.best_rank, "warned": sorted(self.warned)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.first_rank, self.best_rank = state["first"], state["best"]
+        self.warned = set(state["warned"])
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        trainer.logger.together("loss and trivial solutions", "loss", "trivial_constant", "trivial_orthogonal")  # type: ignore
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        self.losses.append(float(loss.detach()))
+        z, marks = module.seen["z"], module.seen["marks"]
+        features = marks["features"] if "features" in marks else next(iter(z.values())).flatten(0, -2)
+        self.memory.add(features)
+        if trainer.global_step % self.every and trainer.global_step < self.steps:
+            return
+        values = self.look(module.seen["views"], z, marks)
+        trainer.logger.log_metrics(values, trainer.global_step - 1)  # type: ignore[union-attr]
+        for name, message in self.verdicts(trainer.global_step).items():
+            self.tell(trainer, name, message)
+
+    @torch.no_grad()
+    def look(self, views: Any, z: Any, marks: Any) -> dict[str, float]:
+        """Diagnostics of one step, and the loss at the trivial solutions of its own pairs."""
+        values = {}
+        for name, value in self.task.trivial(z, marks).items():
+            self.trivial.setdefault(name, deque(maxlen=10)).append(value)
+            values[f"trivial_{name}"] = value
+        pairs = self.task.pairs(views, z, marks)
+        if pairs is not None:
+            values |= describe_pairs(pairs.z, pairs.positive, pairs.negative)
+            self.last_spread = values["spread"]
+        rank = self.memory.rank()
+        if rank is not None:
+            values["effective_rank"] = self.last_rank = rank
+            self.first_rank = rank if self.first_rank is None else self.first_rank
+            self.best_rank = max(self.best_rank, rank)
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def verdicts(self, step: int) -> dict[str, str]:
+        """What is wrong, by name of the trivial solution, with the remedy."""
+        found = {}
+        if len(self.losses) == WINDOW and step > SPARE_STEPS * self.steps:
+            losses = list(self.losses)
+            before, now = (statistics.median(half) for half in (losses[: WINDOW // 2], losses[WINDOW // 2 :]))
+            for name, values in self.trivial.items():
+                level = statistics.median(values)
+                margin = NEAR * max(abs(level), 0.1)
+                if abs(now - level) < margin and abs(now - before) < margin:
+                    found[name] = (
+                        f"The loss stands still at {now:.3g}, and would be {level:.3g} {MEANING.get(name, name)}. "
+                        + self.task.remedies.get(name, "")
+                    )
+        if {"constant", "orthogonal"} <= set(found):  # where both cost the same, the embeddings tell which it is
+            del found["orthogonal" if self.last_spread < SPREAD else "constant"]
+        if self.first_rank is not None and self.last_rank < FALLEN * self.best_rank:
+            found["rank"] = (
+                f"The effective rank of the features fell from {self.best_rank:.3g} to {self.last_rank:.3g}. "
+                + self.task.remedies["rank"]
+            )
+        return found
+
+    def tell(self, trainer: pl.Trainer, name: str, message: str) -> None:
+        if self.stop:
+            trainer.save_checkpoint(trainer.default_root_dir + "/" + LAST)
+            raise MedclError(message.rstrip("."), f"step {trainer.global_step}", "Or leave out --stop_on_collapse.")
+        if name not in self.warned:
+            self.warned.add(name)
+            log.warning("Step %d: %s", trainer.global_step, message)
+
+    def summary(self) -> str | None:
+        """One line for the end of the log."""
+        if self.first_rank is None:
+            return None
+        loss = statistics.median(self.losses)
+        lines = {name: statistics.median(values) for name, values in self.trivial.items()}
+        against = ", ".join(f"{value:.3g} {MEANING.get(name, name)}" for name, value in lines.items())
+        ranks = f"effective rank of the features {self.first_rank:.3g} early, {self.last_rank:.3g} at the end"
+        return f"Loss {loss:.3g} at the end, against {against}; {ranks}."
