@@ -139,15 +139,23 @@ def rebuild(run: str | Path) -> tuple[Contract, Backbone]:
 
 @dataclass(frozen=True)
 class Transfer:
-    """How many tensors were taken over, and which parts of the network start anew."""
+    """What was taken over.
 
-    matched: int
-    offered: int
+    Attributes:
+        names: state-dict names of the tensors taken over.
+        fresh: how many others start from random values.
+    """
+
+    names: frozenset[str]
     fresh: int
+
+    @property
+    def matched(self) -> int:
+        return len(self.names)
 
     def __str__(self) -> str:
         rest = f"; {self.fresh} others start from random values" if self.fresh else ""
-        return f"{self.matched} of {self.offered} pretrained tensors matched{rest}"
+        return f"{self.matched} of {self.matched} pretrained tensors matched{rest}"
 
 
 def transfer(contract: Contract, state: dict[str, Tensor], backbone: Backbone, where: object) -> Transfer:
@@ -183,7 +191,7 @@ def transfer(contract: Contract, state: dict[str, Tensor], backbone: Backbone, w
             "Leave out --backbone, --width, --norm and --plan to rebuild the pretrained one.",
         )  # fmt: skip
     backbone.net.load_state_dict({**mine, **{name: state[name] for name in names}}, strict=True)
-    return Transfer(len(names), len(names), len(mine) - len(names))
+    return Transfer(frozenset(names), len(mine) - len(names))
 
 
 def export(config: ExportConfig) -> Path:

@@ -147,6 +147,8 @@ class FinetuneConfig:
         steps: optimiser steps.
         batch_size: patches a step.
         lr: peak learning rate.
+        pretrained_lr: learning rate of the weights taken from `init`, as a share of `lr`.
+        frozen: share of the steps in which the weights taken from `init` stay as they are.
         weight_decay: AdamW weight decay.
         warmup: share of the steps over which the learning rate rises linearly.
         augment: strong, or none.
@@ -178,6 +180,8 @@ class FinetuneConfig:
     steps: int = 400
     batch_size: int = 4
     lr: float = 2e-3
+    pretrained_lr: float = 1.0
+    frozen: float = 0.0
     weight_decay: float = 0.01
     warmup: float = 0.05
     augment: str = "strong"

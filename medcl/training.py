@@ -10,7 +10,7 @@ import platform
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,40 @@ def warmup_cosine(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
 
 
-def adamw(module: torch.nn.Module, lr: float, weight_decay: float, steps: int, warmup: float) -> dict[str, Any]:
-    """AdamW with warm-up and cosine for `configure_optimizers`; biases and normalisation are not decayed."""
+def adamw(
+    module: torch.nn.Module, lr: float, weight_decay: float, steps: int, warmup: float,
+    given: Collection[torch.nn.Parameter] = (), given_lr: float = 1.0, frozen: float = 0.0,
+) -> dict[str, Any]:  # fmt: skip
+    """AdamW with warm-up and cosine for `configure_optimizers`; biases and normalisation are not decayed.
+
+    Args:
+        module: whose parameters to train.
+        lr: peak learning rate.
+        weight_decay: of matrices and kernels.
+        steps: of the run.
+        warmup: share of them over which the rate rises.
+        given: parameters that come from a pretraining.
+        given_lr: their learning rate as a share of `lr`.
+        frozen: share of the steps in which they stay as they are.
+    """
+    known = {id(p) for p in given}
     train = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in train if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in train if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups, factors = [], []
+
+    def late(step: int) -> float:
+        return 0.0 if step < frozen * steps else given_lr * warmup_cosine(step, steps, warmup)
+
+    def usual(step: int) -> float:
+        return warmup_cosine(step, steps, warmup)
+
+    for decayed in (True, False):
+        for old in (False, True):
+            chosen = [p for p in train if (p.ndim > 1) == decayed and (id(p) in known) == old]
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": weight_decay if decayed else 0.0})
+                factors.append(late if old else usual)
     optimizer = torch.optim.AdamW(groups, lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

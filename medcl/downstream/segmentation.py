@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class SegmentationModule(pl.LightningModule):
         augmentation: batched transforms of image and label, or None.
         label_values: label value of every output channel but the first.
         spacing: mm per voxel of the patches, so that rotations are rigid in mm.
+        given: parameters that come from a pretraining.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class SegmentationModule(pl.LightningModule):
         augmentation: Compose | None,
         label_values: Sequence[int],
         spacing: Sequence[float],
+        given: Collection[torch.nn.Parameter] = (),
     ):
         super().__init__()
+        self._given = tuple(given)
         self.backbone, self.dataset, self.config = backbone, dataset, config
         self.augmentation, self.spacing = augmentation, tuple(spacing)
         self.last_dice: float | None = None
@@ -75,7 +78,10 @@ class SegmentationModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.config
-        return adamw(self.backbone, config.lr, config.weight_decay, config.steps, config.warmup)
+        return adamw(
+            self.backbone, config.lr, config.weight_decay, config.steps, config.warmup,
+            self._given, config.pretrained_lr, config.frozen,
+        )  # fmt: skip
 
 
 def channel_table(label_values: Sequence[int]) -> Tensor:

@@ -100,7 +100,8 @@ def finetune(config: FinetuneConfig) -> Path:
     if config.augment == "strong":
         flip = (0.5, 0.5, 0.5) if config.flip else (0.0, 0.0, 0.0)
         augmentation = strong_augmentation(plan.modality, plan.spacing, StrongAugmentation(flip=flip))
-    module = SegmentationModule(backbone, dataset, config, augmentation, values, plan.spacing)
+    given = [p for name, p in backbone.net.named_parameters() if taken and name in taken.names]
+    module = SegmentationModule(backbone, dataset, config, augmentation, values, plan.spacing, given)
     done = contract_of(config, plan, backbone.spec, values, train)
     validate = Validate(
         val, patch, config.val_every or max(1, config.steps // 10), precision, accelerator,
@@ -130,6 +131,10 @@ def check(config: FinetuneConfig) -> None:
         raise MedclError(f"{config.lr} is not positive", "--lr", "Give a positive number.")
     if not 0 <= config.warmup < 1:
         raise MedclError(f"{config.warmup} is no share of the steps", "--warmup", "Give 0 or more, below 1.")
+    if not 0 <= config.pretrained_lr <= 10:
+        raise MedclError(f"{config.pretrained_lr} is no share of --lr", "--pretrained_lr", "Give 0 to 10.")
+    if not 0 <= config.frozen <= 1:
+        raise MedclError(f"{config.frozen} is no share of the steps", "--frozen", "Give 0 to 1.")
     if config.val_every < 0:
         raise MedclError("negative", "--val_every", "Give 0 or more.")
     if config.seed < 0 or config.draw < 0 or config.workers < 0:

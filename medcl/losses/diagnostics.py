@@ -43,7 +43,7 @@ def alignment(z: Tensor, positive: Tensor) -> float:
 
 
 def uniformity(z: Tensor, t: float = UNIFORMITY_T) -> float:
-    """log of the mean over pairs of exp(-t |z_i - z_j|^2) on the unit sphere: 0 if all are the same, near -2t if spread.
+    """log of the mean over pairs of exp(-t |z_i - z_j|^2) on the unit sphere: 0 if all are the same, near -2t spread.
 
     Wang and Isola, ICML 2020, section 4.1, with t = 2.
     """
