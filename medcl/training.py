@@ -10,7 +10,7 @@ import platform
 import signal
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,8 @@ def adamw(
     """
     known = {id(p) for p in given}
     train = [p for p in module.parameters() if p.requires_grad]
-    groups, factors = [], []
+    groups: list[dict[str, Any]] = []
+    factors: list[Callable[[int], float]] = []
 
     def late(step: int) -> float:
         return 0.0 if step < frozen * steps else given_lr * warmup_cosine(step, steps, warmup)
@@ -110,7 +111,7 @@ def adamw(
                 groups.append({"params": chosen, "weight_decay": weight_decay if decayed else 0.0})
                 factors.append(late if old else usual)
     optimizer = torch.optim.AdamW(groups, lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)  # type: ignore[arg-type]
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -350,15 +350,15 @@ def test_bad_settings_fail_before_anything_is_written(phantoms, tmp_path, change
 def test_a_loss_that_is_not_finite_stops_the_run(phantoms, tmp_path, monkeypatch):
     from medcl.pretext.voco import VoCo
 
-    original = VoCo.loss
+    original = VoCo.objective
     calls = []
 
-    def broken(self, views):
+    def broken(self, z, marks):
         calls.append(1)
-        losses = original(self, views)
+        losses = original(self, z, marks)
         return {**losses, "loss": losses["loss"] * float("nan")} if len(calls) > 6 else losses
 
-    monkeypatch.setattr(VoCo, "loss", broken)
+    monkeypatch.setattr(VoCo, "objective", broken)
     with pytest.raises(MedclError, match="not finite"):
         medcl.pretrain(pretraining(phantoms, tmp_path / "x"))
 

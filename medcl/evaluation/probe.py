@@ -1,4 +1,4 @@
-"""How much of the anatomy can be read off frozen features by the simplest means: a linear map, and the nearest neighbours.
+"""How much anatomy can be read off frozen features by the simplest means: a linear map, and the nearest neighbours.
 
 Features are the encoder's whole pyramid. Every subject is told by the others (leave one out), so nothing is fitted to
 what is scored.

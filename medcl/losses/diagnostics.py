@@ -19,16 +19,13 @@ MEANING = {  # of the trivial solutions
 
 
 def effective_rank(rows: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of the centred rows (n, d): 1 if they lie on a line.
+    """exp of the entropy of the normalised singular values of rows (n, d) on the unit sphere: 1 if all are the same.
 
-    Roy and Vetterli, "The effective rank", EUSIPCO 2007. At most min(n - 1, d); compare only equal numbers of rows.
-    0 where all rows are the same.
+    Roy and Vetterli, "The effective rank", EUSIPCO 2007, as RankMe (Garrido et al., ICML 2023) applies it: not centred,
+    so that embeddings which differ by a little noise count as equal. At most min(n, d); compare equal numbers of rows.
     """
-    rows = rows.double()
-    values = torch.linalg.svdvals(rows - rows.mean(0))
-    if float(values.max()) <= 1e-10 * max(1.0, float(rows.abs().max())):
-        return 0.0
-    p = values / values.sum()
+    values = torch.linalg.svdvals(F.normalize(rows.double(), dim=1))
+    p = values / values.sum().clamp(min=1e-300)
     return float(torch.exp(-torch.xlogy(p, p).sum()))
 
 

@@ -36,7 +36,7 @@ class Watch(pl.Callback):
     def __init__(self, task: PretextTask, steps: int, stop: bool = False, every: int = 0):
         self.task, self.steps, self.stop = task, steps, stop
         self.every = every or max(10, steps // 100)
-        self.memory = RankMemory()
+        self.features, self.embeddings = RankMemory(), RankMemory()
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.trivial: dict[str, deque[float]] = {}
         self.first_rank: float | None = None
@@ -58,8 +58,9 @@ class Watch(pl.Callback):
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         self.losses.append(float(loss.detach()))
         z, marks = module.seen["z"], module.seen["marks"]
-        features = marks["features"] if "features" in marks else next(iter(z.values())).flatten(0, -2)
-        self.memory.add(features)
+        embeddings = next(iter(z.values())).flatten(0, -2)
+        self.embeddings.add(embeddings)
+        self.features.add(marks.get("features", embeddings))
         if trainer.global_step % self.every and trainer.global_step < self.steps:
             return
         values = self.look(module.seen["views"], z, marks)
@@ -78,8 +79,9 @@ class Watch(pl.Callback):
         if pairs is not None:
             values |= describe_pairs(pairs.z, pairs.positive, pairs.negative)
             self.last_spread = values["spread"]
-        rank = self.memory.rank()
-        if rank is not None:
+        rank, own = self.features.rank(), self.embeddings.rank()
+        if rank is not None and own is not None:
+            values["embedding_rank"] = own
             values["effective_rank"] = self.last_rank = rank
             self.first_rank = rank if self.first_rank is None else self.first_rank
             self.best_rank = max(self.best_rank, rank)
