@@ -89,6 +89,9 @@ class PretrainConfig:
         accelerator: auto, cpu or gpu.
         checkpoint_every: steps between checkpoints.
         stop_on_collapse: end the run where the loss stands still at a trivial solution, or the features' rank falls.
+        probe: labelled training subjects on which frozen features are probed while training; 0 for none. Their labels
+            are not trained on.
+        probe_every: steps between two probes; 0 takes a tenth of the steps.
         resume: go on from the last checkpoint of `out`.
         plan: a plan.json (or a run folder) to prepare by; by default one is derived from the scans.
         n4: correct the MRI bias field with N4 first (slow).
@@ -120,6 +123,8 @@ class PretrainConfig:
     accelerator: str = "auto"
     checkpoint_every: int = 200
     stop_on_collapse: bool = False
+    probe: int = 0
+    probe_every: int = 0
     resume: bool = False
     plan: str = ""
     n4: bool = False

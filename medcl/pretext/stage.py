@@ -23,6 +23,7 @@ from medcl.data.store import open_volume
 from medcl.errors import MedclError
 from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.pretext.base import PretextTask
+from medcl.pretext.probing import probe_for, subjects_to_probe
 from medcl.pretext.registry import task_class
 from medcl.pretext.watch import Watch
 from medcl.run import begun_run, log, open_run, write_provenance
@@ -154,9 +155,15 @@ def pretrain(config: PretrainConfig) -> Path:
         hours(seconds * left_over), left_over, seconds, peak_memory(accelerator),
     )  # fmt: skip
     watch = Watch(task, config.steps, config.stop_on_collapse)
+    callbacks: tuple[pl.Callback, ...] = (watch,)
+    if config.probe:
+        told = cases_of(manifest, subjects_to_probe(split, manifest, config.probe), labelled=True)
+        labelled, _ = prepare_all(manifest, plan, config.store, cases=told)
+        every = config.probe_every or max(1, config.steps // 10)
+        callbacks += (probe_for(task.backbone, labelled, plan, every, config.steps, config.seed),)
     trainer = trainer_for(
         run, steps=config.steps, accelerator=accelerator, precision=precision, seed=config.seed,
-        every=config.checkpoint_every, title=f"pretrain {config.task}", resume_step=first, callbacks=(watch,),
+        every=config.checkpoint_every, title=f"pretrain {config.task}", resume_step=first, callbacks=callbacks,
     )  # fmt: skip
     fit(trainer, module, run if first else None)
     if summary := watch.summary():
@@ -178,8 +185,8 @@ def check(config: PretrainConfig) -> None:
         raise MedclError(f"{config.warmup} is no share of the steps", "--warmup", "Give 0 or more, below 1.")
     if config.subjects not in ("auto", "all"):
         raise MedclError(f"unknown subjects {config.subjects!r}", "--subjects", "Use auto or all.")
-    if config.seed < 0 or config.workers < 0:
-        raise MedclError("negative", "--seed or --workers", "Give 0 or more.")
+    if min(config.seed, config.workers, config.probe, config.probe_every) < 0:
+        raise MedclError("negative", "--seed, --workers, --probe or --probe_every", "Give 0 or more.")
 
 
 def choose_subjects(manifest: Manifest, config: PretrainConfig) -> tuple[tuple[str, ...], Split | None]:
