@@ -36,13 +36,18 @@ class Watch(pl.Callback):
     def __init__(self, task: PretextTask, steps: int, stop: bool = False, every: int = 0):
         self.task, self.steps, self.stop = task, steps, stop
         self.every = every or max(10, steps // 100)
+        self.warned: set[str] = set()
+        self.forget(())
+
+    def forget(self, stage: tuple[str, ...]) -> None:
+        """Starts anew: another stage of a task has another loss and other embeddings."""
+        self.stage = stage  # names of the embeddings
         self.features, self.embeddings = RankMemory(), RankMemory()
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.trivial: dict[str, deque[float]] = {}
         self.first_rank: float | None = None
         self.best_rank, self.last_rank = 0.0, float("nan")
         self.last_spread = 1.0
-        self.warned: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
         return {"first": self.first_rank, "best": self.best_rank, "warned": sorted(self.warned)}
@@ -56,8 +61,11 @@ class Watch(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        self.losses.append(float(loss.detach()))
         z, marks = module.seen["z"], module.seen["marks"]
+        if self.stage and self.stage != tuple(z):
+            self.forget(tuple(z))
+        self.stage = tuple(z)
+        self.losses.append(float(loss.detach()))
         embeddings = next(iter(z.values())).flatten(0, -2)
         self.embeddings.add(embeddings)
         self.features.add(marks.get("features", embeddings))
