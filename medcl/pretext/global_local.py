@@ -19,6 +19,7 @@ from medcl.pretext.base import Pairs, PretextTask, Tensors
 from medcl.pretext.checks import Checks
 from medcl.pretext.global_contrast import GlobalContrast
 from medcl.pretext.local_contrast import LocalContrast
+from medcl.run import log
 
 MODES = ("stagewise", "joint")
 
@@ -97,7 +98,8 @@ class GlobalLocal(PretextTask):
     def objective(self, z: Tensors, marks: Tensors) -> Tensors:
         losses = {name: self.parts[name].objective(of(name, z), of(name, marks))["loss"] for name in present(z)}
         total = sum(loss * (self.options.weight if name == "local" else 1.0) for name, loss in losses.items())
-        return {"loss": torch.as_tensor(total), **({f"loss_{name}": loss for name, loss in losses.items()})}
+        parts = {f"loss_{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
+        return {"loss": torch.as_tensor(total), **parts}
 
     def pairs(self, views: Tensors, z: Tensors, marks: Tensors) -> Pairs | None:
         name = present(z)[0]
@@ -115,6 +117,7 @@ class GlobalLocal(PretextTask):
         self.done.fill_(progress)
         if self.active() != before:
             self.train(self.training)
+            log.info("Global contrast is done; local contrast from here on, with the encoder frozen.")
 
     def resolved(self) -> dict[str, Any]:
         return {
