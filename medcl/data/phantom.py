@@ -97,6 +97,7 @@ def make_subject(
     spacing: float | None = None,
     thick: int = 1,
     orientation: str = "RAS",
+    weighting: float | None = None,
 ) -> Subject:
     """Draws one subject, a pure function of its arguments.
 
@@ -107,11 +108,12 @@ def make_subject(
             about 200x170x170 mm cut organs off.
         thick: how many slices are averaged into one along the head axis.
         orientation: axis codes in which the voxels are stored, such as `LPS`.
+        weighting: of the contrast, from T1 (0) to T2 (1); drawn if None.
     """
     rng = np.random.default_rng(seed)
     drawn = rng.uniform(3.6, 4.2)  # drawn even if given, so that the anatomy does not depend on it
     spacing = drawn if spacing is None else spacing
-    clean, label = _paint(rng, _reference_coordinates(rng, shape, spacing), spacing)
+    clean, label = _paint(rng, _reference_coordinates(rng, shape, spacing), spacing, weighting)
     image, label = _acquire(rng, clean, thick), _thicken_label(label, thick)
 
     step = np.array([spacing, spacing, spacing * thick])
@@ -120,7 +122,9 @@ def make_subject(
     return _store(image, label, affine, orientation)
 
 
-def write_phantoms(out: str | Path, subjects: int = 24, seed: int = 0, *, shape: Shape = (56, 48, 48)) -> Path:
+def write_phantoms(
+    out: str | Path, subjects: int = 24, seed: int = 0, *, shape: Shape = (56, 48, 48), weighting: float | None = None
+) -> Path:
     """Writes subjects as a Medical Segmentation Decathlon folder (`dataset.json`, `imagesTr/`, `labelsTr/`).
 
     Every third subject has slices two or three times thicker, and storage orientations differ. A subject depends on
@@ -131,6 +135,7 @@ def write_phantoms(out: str | Path, subjects: int = 24, seed: int = 0, *, shape:
         subjects: how many.
         seed: of the whole set.
         shape: as in `make_subject`.
+        weighting: as in `make_subject`; a number makes all subjects of one protocol.
 
     Returns:
         `out`, as a path.
@@ -145,7 +150,7 @@ def write_phantoms(out: str | Path, subjects: int = 24, seed: int = 0, *, shape:
     for number in range(subjects):
         thick = (2 + number // 3 % 2) if number % 3 == 2 else 1
         orientation = ORIENTATIONS[number % len(ORIENTATIONS)]
-        subject = make_subject((seed, number), shape=shape, thick=thick, orientation=orientation)
+        subject = make_subject((seed, number), shape=shape, thick=thick, orientation=orientation, weighting=weighting)
         pair = {"image": f"./imagesTr/phantom_{number:03d}.nii.gz", "label": f"./labelsTr/phantom_{number:03d}.nii.gz"}
         for key, voxels, dtype in (("image", subject.image, np.int16), ("label", subject.label, np.uint8)):
             nifti = nib.Nifti1Image(voxels, subject.affine)
@@ -202,9 +207,10 @@ def _reference_coordinates(rng: np.random.Generator, shape: tuple[int, ...], spa
     return where
 
 
-def _contrast(rng: np.random.Generator) -> dict[str, float]:
+def _contrast(rng: np.random.Generator, weighting: float | None) -> dict[str, float]:
     """Mean intensity of each tissue: a weighting between T1 and T2, so that some pairs swap their order."""
-    weight = rng.beta(0.6, 1.0)
+    drawn = rng.beta(0.6, 1.0)  # drawn even if given, so that the anatomy does not depend on it
+    weight = drawn if weighting is None else weighting
     return {
         tissue: float(np.clip((1 - weight) * _T1[tissue] + weight * _T2[tissue] + rng.normal(0, 0.04), 0.03, 1.1))
         for tissue in _T1
@@ -222,9 +228,11 @@ def _bowel(rng: np.random.Generator) -> list[_Shape]:
     return loops
 
 
-def _paint(rng: np.random.Generator, where: Array, spacing: float) -> tuple[Array, NDArray[np.uint8]]:
+def _paint(
+    rng: np.random.Generator, where: Array, spacing: float, weighting: float | None
+) -> tuple[Array, NDArray[np.uint8]]:
     """Noise-free intensities with partial-volume edges, and the label map."""
-    mean = _contrast(rng)
+    mean = _contrast(rng, weighting)
     edge = 0.35 * spacing  # mm over which one tissue gives way to the next
 
     def cover(distance: Array) -> Array:
