@@ -29,7 +29,7 @@ def main(scans: str, out: Path, labels: str, draws: int) -> None:
     from medcl.report.html import write_comparison_report
 
     encoder = str(out / "pretrained")
-    medcl.pretrain(PretrainConfig(scans, encoder, **recipe("pretrain_hippocampus")))
+    medcl.pretrain(PretrainConfig(scans, encoder, **recipe("pretrain_voco")))
     schedule = FinetuneConfig(scans, "", labels=labels, **recipe("finetune_few_labels"))
     arms: dict[str, list[str]] = {"pretrained": [], "scratch": []}
     for draw in range(draws):
