@@ -123,7 +123,13 @@ def make_subject(
 
 
 def write_phantoms(
-    out: str | Path, subjects: int = 24, seed: int = 0, *, shape: Shape = (56, 48, 48), weighting: float | None = None
+    out: str | Path,
+    subjects: int = 24,
+    seed: int = 0,
+    *,
+    shape: Shape = (56, 48, 48),
+    spacing: float | None = None,
+    weighting: float | None = None,
 ) -> Path:
     """Writes subjects as a Medical Segmentation Decathlon folder (`dataset.json`, `imagesTr/`, `labelsTr/`).
 
@@ -134,7 +140,7 @@ def write_phantoms(
         out: the folder, made if missing.
         subjects: how many.
         seed: of the whole set.
-        shape: as in `make_subject`.
+        shape, spacing: as in `make_subject`.
         weighting: as in `make_subject`; a number makes all subjects of one protocol.
 
     Returns:
@@ -150,7 +156,9 @@ def write_phantoms(
     for number in range(subjects):
         thick = (2 + number // 3 % 2) if number % 3 == 2 else 1
         orientation = ORIENTATIONS[number % len(ORIENTATIONS)]
-        subject = make_subject((seed, number), shape=shape, thick=thick, orientation=orientation, weighting=weighting)
+        subject = make_subject(
+            (seed, number), shape=shape, spacing=spacing, thick=thick, orientation=orientation, weighting=weighting
+        )
         pair = {"image": f"./imagesTr/phantom_{number:03d}.nii.gz", "label": f"./labelsTr/phantom_{number:03d}.nii.gz"}
         for key, voxels, dtype in (("image", subject.image, np.int16), ("label", subject.label, np.uint8)):
             nifti = nib.Nifti1Image(voxels, subject.affine)
