@@ -86,6 +86,28 @@ def _export(config: Any) -> None:
     export(config)
 
 
+def _mil_fit(config: Any) -> None:
+    from medcl.downstream.mil_stage import fit
+    from medcl.evaluation.bags import print_scores
+    from medcl.files import read_json
+
+    run = fit(config)
+    print_scores(read_json(run / "metrics.json"))
+    print(f"Next: medcl mil predict {run} NEW_BAGS OUT")
+
+
+def _mil_predict(config: Any) -> None:
+    from medcl.downstream.mil_stage import predict_bags
+
+    predict_bags(config)
+
+
+def _mil_evaluate(config: Any) -> None:
+    from medcl.evaluation.bags import evaluate_bags, print_scores
+
+    print_scores(evaluate_bags(config))
+
+
 def _report(run: Path) -> None:
     from medcl.config import ReportConfig
     from medcl.report.stage import write_report
@@ -114,11 +136,19 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str, Command]] = {
     "compare": ("did pretraining help? paired, with intervals", ("runs",), "CompareConfig", _compare),
     "report": ("write the page of a run again", ("run",), "ReportConfig", _report_again),
     "export": ("weights for the plain MONAI class", ("run",), "ExportConfig", _export),
+    "mil fit": ("a classifier of bags, cross-validated by group", ("bags",), "MILFitConfig", _mil_fit),
+    "mil predict": ("class and attention of new bags", ("run", "bags", "out"), "MILPredictConfig", _mil_predict),
+    "mil evaluate": (
+        "AUROC and more, with intervals over groups",
+        ("predictions", "reference"),
+        "MILEvaluateConfig",
+        _mil_evaluate,
+    ),
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:<10}{text}" for name, (text, *_) in COMMANDS.items()]
+    lines = [f"  {name:<13}{text}" for name, (text, *_) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: medcl COMMAND ... [--debug]",
@@ -147,7 +177,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
-        return _run(args[0], args[1:])
+        words = 2 if args[0] == "mil" else 1
+        if args[:words] in (["mil"], ["mil", "--help"], ["mil", "-h"]):
+            print("\n".join(f"medcl {name:<14}{text}" for name, (text, *_) in COMMANDS.items() if name[:3] == "mil"))
+            return 0
+        return _run(" ".join(args[:words]), args[words:])
     except KeyboardInterrupt:
         print(
             "medcl: interrupted; what was written is kept, --resume goes on from the last checkpoint", file=sys.stderr

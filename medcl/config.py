@@ -10,6 +10,9 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from medcl.config_mil import MILEvaluateConfig as MILEvaluateConfig
+from medcl.config_mil import MILFitConfig as MILFitConfig
+from medcl.config_mil import MILPredictConfig as MILPredictConfig
 from medcl.errors import MedclError
 
 T = TypeVar("T")

@@ -51,3 +51,33 @@ class MILFitConfig:
     seed: int = 0
     final: bool = True
     accelerator: str = "auto"
+
+
+@dataclass(frozen=True)
+class MILPredictConfig:
+    """Class probabilities and attention of bags.
+
+    Args:
+        run: run folder of `medcl mil fit`.
+        bags: as for `medcl mil fit`; labels are not needed.
+        out: folder to write.
+    """
+
+    run: str
+    bags: str
+    out: str
+
+
+@dataclass(frozen=True)
+class MILEvaluateConfig:
+    """Scores of class probabilities with intervals over groups.
+
+    Args:
+        predictions: run folder of `medcl mil fit`, folder of `medcl mil predict`, or a predictions.csv.
+        reference: `bags.csv` with labels and groups, where the predictions hold none.
+        out: JSON file to write the scores to.
+    """
+
+    predictions: str
+    reference: str = ""
+    out: str = ""

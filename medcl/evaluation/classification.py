@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 
 from medcl.evaluation.statistics import Interval
 
@@ -28,32 +28,39 @@ def classification_scores(probabilities: np.ndarray, labels: np.ndarray) -> dict
         bags of the squared distance to the one-hot label, halved for two classes, as is usual) and
         `calibration_error` (expected calibration error of the predicted class, 10 equal bins; Guo et al. 2017).
     """
-    from sklearn import metrics
+    from sklearn import config_context
+    from sklearn.metrics import average_precision_score
 
     classes = probabilities.shape[1]
     predicted = probabilities.argmax(1)
     onehot = np.eye(classes)[labels]
     which = [1] if classes == 2 else list(range(classes))
     seen = [0 < onehot[:, c].sum() < len(labels) for c in which]
+    auroc = auprc = math.nan
     if all(seen):
-        auroc = float(np.mean([metrics.roc_auc_score(onehot[:, c], probabilities[:, c]) for c in which]))
-        auprc = float(np.mean([metrics.average_precision_score(onehot[:, c], probabilities[:, c]) for c in which]))
-    else:
-        auroc = auprc = math.nan
-    average = "binary" if classes == 2 else "macro"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a class nobody predicts: its score is 0, as is wanted
-        balanced = float(metrics.balanced_accuracy_score(labels, predicted))
-        f1 = float(metrics.f1_score(labels, predicted, average=average, zero_division=0))
+        auroc = float(np.mean([rank_auroc(probabilities[:, c], onehot[:, c] > 0) for c in which]))
+        with config_context(skip_parameter_validation=True):  # thousands of bootstrap draws come through here
+            auprc = float(np.mean([average_precision_score(onehot[:, c], probabilities[:, c]) for c in which]))
+    table = np.zeros((classes, classes))
+    np.add.at(table, (labels, predicted), 1)
+    hits, present, told = table.diagonal(), table.sum(1), table.sum(0)
+    f1 = 2 * hits / np.maximum(present + told, 1)
     return {
         "auroc": auroc,
         "auprc": auprc,
         "accuracy": float((predicted == labels).mean()),
-        "balanced_accuracy": balanced,
-        "f1": f1,
+        "balanced_accuracy": float((hits[present > 0] / present[present > 0]).mean()),
+        "f1": float(f1[1] if classes == 2 else f1[(present + told) > 0].mean()),
         "brier": float(np.square(probabilities - onehot).sum(1).mean() / (2 if classes == 2 else 1)),
         "calibration_error": calibration_error(probabilities.max(1), predicted == labels),
     }
+
+
+def rank_auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Share of pairs of a positive and a negative that the scores put in order, ties counting half."""
+    ranks = rankdata(scores)
+    p, n = positive.sum(), (~positive).sum()
+    return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n))
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:

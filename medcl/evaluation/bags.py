@@ -1,0 +1,106 @@
+"""`medcl mil evaluate`: predictions of bags to scores with intervals over groups."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medcl.config_mil import MILEvaluateConfig
+from medcl.data.bags import read_bags
+from medcl.errors import MedclError
+from medcl.evaluation.classification import classification_scores, group_bootstrap
+from medcl.evaluation.statistics import Interval
+from medcl.files import write_json
+
+
+def score(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
+    """Scores with intervals over groups, from rows of `predictions.csv`.
+
+    With several repeats a score is the mean over them; a bootstrap draw takes a group's bags in all repeats.
+
+    Raises:
+        MedclError: a bag without a known label, or repeats that do not hold the same bags.
+    """
+    known = [row for row in rows if row["label"]]
+    strange = sorted({row["label"] for row in known} - set(classes))
+    if not known or strange:
+        what = f"labels {', '.join(strange)} are none of {', '.join(classes)}" if strange else "no bag has a label"
+        raise MedclError(what, "predictions", "Give bags labelled with the classes of the model.")
+    order = list(dict.fromkeys(row["bag_id"] for row in known))
+    repeats = sorted({int(row.get("repeat", 0)) for row in known})
+    p = np.full((len(order), len(repeats), len(classes)), np.nan)
+    for row in known:
+        shares = [float(row[f"p_{name}"]) for name in classes]
+        p[order.index(row["bag_id"]), repeats.index(int(row.get("repeat", 0)))] = shares
+    if np.isnan(p).any():
+        raise MedclError("repeats do not hold the same bags", "predictions", "Fit again.")
+    p /= p.sum(-1, keepdims=True)
+    first = {row["bag_id"]: row for row in known}
+    labels = np.array([classes.index(first[bag]["label"]) for bag in order])
+    groups = [first[bag]["group"] for bag in order]
+
+    def mean_over_repeats(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        each = [classification_scores(probabilities[:, r], labels) for r in range(probabilities.shape[1])]
+        return {key: float(np.mean([scores[key] for scores in each])) for key in each[0]}
+
+    intervals = group_bootstrap(p, labels, groups, scores=mean_over_repeats, samples=1000)
+    return {
+        "classes": list(classes),
+        "bags": len(order),
+        "groups": len(set(groups)),
+        "repeats": len(repeats),
+        "scores": {key: interval.to_dict() for key, interval in intervals.items()},
+    }
+
+
+def evaluate_bags(config: MILEvaluateConfig) -> dict[str, Any]:
+    """Scores `predictions.csv`, with labels of its own or from a table of bags.
+
+    Raises:
+        MedclError: no such file, or no labels.
+    """
+    path = Path(config.predictions)
+    path = path / "predictions.csv" if path.is_dir() else path
+    if not path.exists():
+        raise MedclError("no such file", path, "Give the run folder of `medcl mil fit`, or a predictions.csv.")
+    with open(path, newline="", encoding="utf-8") as stream:
+        rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+    classes = [name[2:] for name in (rows[0] if rows else {}) if name.startswith("p_")]
+    if not rows or not classes or "bag_id" not in rows[0]:
+        raise MedclError("is no table of predictions", path, "Give what `medcl mil predict` wrote.")
+    if config.reference:
+        known = {bag.id: bag for bag in read_bags(config.reference)}
+        for row in rows:
+            if row["bag_id"] in known:
+                bag = known[row["bag_id"]]
+                row["label"], row["group"] = bag.label or "", bag.group
+    result = score(rows, classes)
+    if config.out:
+        write_json(Path(config.out), result)
+    return result
+
+
+NAMES = {
+    "auroc": "AUROC", "auprc": "AUPRC", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "f1": "F1",
+    "brier": "Brier score", "calibration_error": "calibration error",
+}  # fmt: skip
+
+
+def print_scores(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    about = f"{result['bags']} bags of {result['groups']} groups"
+    if result["repeats"] > 1:
+        about += f", mean over {result['repeats']} repeats"
+    table = Table(title=f"{about} [95 % interval over groups]", title_style="")
+    table.add_column("score")
+    table.add_column(" / ".join(result["classes"]), justify="right")
+    for key, data in result["scores"].items():
+        interval = Interval.from_dict(data)
+        table.add_row(NAMES.get(key, key), f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]")
+    Console().print(table)
