@@ -86,6 +86,20 @@ def _export(config: Any) -> None:
     export(config)
 
 
+def _mil_pretrain(config: Any) -> None:
+    from medcl.pretext.patches import pretrain_patches
+
+    run = pretrain_patches(config)
+    _report(run)
+    print(f"Next: medcl mil prepare {config.bags} FOLDER --encoder {run} --tile {config.tile}")
+
+
+def _mil_prepare(config: Any) -> None:
+    from medcl.downstream.mil_prepare import prepare_bags
+
+    print(f"Next: medcl mil fit {prepare_bags(config)} --out runs/NAME")
+
+
 def _mil_fit(config: Any) -> None:
     from medcl.downstream.mil_stage import fit
     from medcl.evaluation.bags import print_scores
@@ -98,8 +112,9 @@ def _mil_fit(config: Any) -> None:
 
 def _mil_predict(config: Any) -> None:
     from medcl.downstream.mil_stage import predict_bags
+    from medcl.report.attention import draw_attention
 
-    predict_bags(config)
+    draw_attention(predict_bags(config))
 
 
 def _mil_evaluate(config: Any) -> None:
@@ -136,6 +151,8 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str, Command]] = {
     "compare": ("did pretraining help? paired, with intervals", ("runs",), "CompareConfig", _compare),
     "report": ("write the page of a run again", ("run",), "ReportConfig", _report_again),
     "export": ("weights for the plain MONAI class", ("run",), "ExportConfig", _export),
+    "mil pretrain": ("a patch encoder, without labels", ("bags", "out"), "MILPretrainConfig", _mil_pretrain),
+    "mil prepare": ("features of slides, images or volumes", ("bags", "out"), "MILPrepareConfig", _mil_prepare),
     "mil fit": ("a classifier of bags, cross-validated by group", ("bags",), "MILFitConfig", _mil_fit),
     "mil predict": ("class and attention of new bags", ("run", "bags", "out"), "MILPredictConfig", _mil_predict),
     "mil evaluate": (

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from medcl.config_mil import MILEvaluateConfig as MILEvaluateConfig
 from medcl.config_mil import MILFitConfig as MILFitConfig
 from medcl.config_mil import MILPredictConfig as MILPredictConfig
+from medcl.config_mil import MILPrepareConfig as MILPrepareConfig
+from medcl.config_mil import MILPretrainConfig as MILPretrainConfig
 from medcl.errors import MedclError
 
 T = TypeVar("T")

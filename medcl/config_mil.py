@@ -7,6 +7,87 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class MILPrepareConfig:
+    """Extract the features of every bag: slides, images, folders of patches, volumes or feature files.
+
+    Args:
+        bags: `bags.csv` with a row a bag: bag_id, path, label, group.
+        out: folder to write: `bags.csv`, and one HDF5 file a bag.
+        encoder: run folder of `medcl mil pretrain` (patches) or `medcl pretrain` (volumes); resnet18, resnet34 or
+            resnet50 with random weights; `timm:NAME`, which downloads it; or `MODULE:FUNCTION`.
+        tile: pixels of a tile's side.
+        mpp: microns per pixel of a tile; 0 takes pixels as they are, as is done for images that say no resolution.
+        slide_mpp: microns per pixel of slides that do not say it.
+        overlap: share of a tile that it shares with the next.
+        tissue: least share of a tile that must be tissue.
+        seed: of random weights.
+        accelerator: auto, cpu or gpu.
+    """
+
+    bags: str
+    out: str
+    encoder: str = "resnet18"
+    tile: int = 256
+    mpp: float = 0.5
+    slide_mpp: float = 0.0
+    overlap: float = 0.0
+    tissue: float = 0.25
+    seed: int = 0
+    accelerator: str = "auto"
+
+
+@dataclass(frozen=True)
+class MILPretrainConfig:
+    """Pretrain a 2D encoder on the patches of bags, without labels.
+
+    Args:
+        bags: `bags.csv`, as for `medcl mil prepare`.
+        out: run folder to write.
+        method: simclr, or dcl for small batches.
+        encoder: resnet18, resnet34 or resnet50.
+        width: factor on its channels.
+        tile, mpp, slide_mpp, overlap, tissue: as for `medcl mil prepare`.
+        most_tiles: tiles held in memory, drawn evenly from the bags.
+        steps: optimiser steps.
+        batch_size: tiles a step.
+        lr: peak learning rate.
+        weight_decay: AdamW weight decay.
+        warmup: share of the steps over which the learning rate rises.
+        temperature: of the similarities.
+        seed: of weights, tiles and views.
+        precision: auto, 32, bf16 or 16.
+        accelerator: auto, cpu or gpu.
+        checkpoint_every: steps between checkpoints.
+        stop_on_collapse: end the run where the loss stands still at a trivial solution.
+        resume: go on from the last checkpoint of `out`.
+    """
+
+    bags: str
+    out: str
+    method: str = "dcl"
+    encoder: str = "resnet18"
+    width: float = 1.0
+    tile: int = 96
+    mpp: float = 0.5
+    slide_mpp: float = 0.0
+    overlap: float = 0.0
+    tissue: float = 0.25
+    most_tiles: int = 20000
+    steps: int = 1000
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup: float = 0.05
+    temperature: float = 0.1
+    seed: int = 0
+    precision: str = "auto"
+    accelerator: str = "auto"
+    checkpoint_every: int = 200
+    stop_on_collapse: bool = False
+    resume: bool = False
+
+
+@dataclass(frozen=True)
 class MILFitConfig:
     """Cross-validate and fit a classifier of bags.
 

@@ -193,6 +193,7 @@ def predict_bags(config: MILPredictConfig) -> Path:
     write_rows(out / "predictions.csv", [_row(b, t, classes) for b, t in zip(loaded.bags, told, strict=True)])
     for bag, features, each in zip(loaded.bags, loaded.features, told, strict=True):
         write_attention(out / "attention" / f"{bag.id}.csv", features, each.attention)
+    write_json(out / "sources.json", {bag.id: str(bag.path.resolve()) for bag in loaded.bags})
     for reason in loaded.aside.values():
         log.warning("set aside: %s", reason)
     log.info("%d bags in %s.", len(told), out / "predictions.csv")

@@ -1,0 +1,149 @@
+"""The stage `medcl mil prepare`: bags of anything to one HDF5 each, with features, coordinates and encoder.
+
+Features are extracted once. What is there already is left alone, as long as the encoder, the tiling and the input are
+the same; a change of any of them extracts anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medcl.checkpoint import load_weights
+from medcl.config_mil import MILPrepareConfig
+from medcl.data.bags import Bag, Features, read_bags, read_features, write_features
+from medcl.data.checks import check_image
+from medcl.data.instances import Instances, kind_of, patches_of, sub_volumes, table_of
+from medcl.data.io import read_volume, to_canonical
+from medcl.data.plan import Plan, round_up
+from medcl.data.prepare import prepare_image
+from medcl.data.slides import Tiling
+from medcl.errors import MedclError
+from medcl.files import write_json, write_rows
+from medcl.networks.patch_encoders import InstanceEncoder, VolumeEncoder, instance_encoder
+from medcl.run import log
+from medcl.training import choose_accelerator, hours
+
+
+def prepare_bags(config: MILPrepareConfig) -> Path:
+    """Extracts the features of every bag of a table.
+
+    Returns:
+        The folder: `bags.csv` that `medcl mil fit` reads, `features/BAG.h5`, and `aside.json` with what was set aside.
+
+    Raises:
+        MedclError: a setting cannot work, or no bag can be used.
+    """
+    began = time.monotonic()
+    check(config)
+    bags, out = read_bags(config.bags), Path(config.out)
+    device = "cuda" if choose_accelerator(config.accelerator) == "gpu" else "cpu"
+    encoder = instance_encoder(config.encoder, config.seed).to(device)
+    tiling = Tiling(config.tile, config.mpp, config.overlap, config.tissue)
+    plan = load_weights(config.encoder)[0].plan if isinstance(encoder, VolumeEncoder) else None
+    done: list[tuple[Bag, Path]] = []
+    aside: dict[str, str] = {}
+    fresh, told = 0, time.monotonic()
+    for number, bag in enumerate(bags, 1):
+        path = out / "features" / f"{bag.id}.h5"
+        try:
+            kind = kind_of(bag)
+            if kind == "features":
+                read_features(bag.path)
+                done.append((bag, bag.path.resolve()))
+                continue
+            recipe = recipe_of(bag, encoder, tiling, config)
+            if not is_current(path, recipe):
+                found = volume_of(bag, encoder, plan) if kind == "volume" else patches_of(bag, tiling, config.slide_mpp)
+                h = encode(found, encoder, device)
+                meta = {"source": str(bag.path.resolve()), **found.meta, "recipe": recipe}
+                write_features(path, Features(h, found.coordinates, encoder.identity, meta))
+                fresh += 1
+            done.append((bag, Path("features") / path.name))
+        except MedclError as error:
+            aside[bag.id] = str(error)
+            log.warning("set aside: %s", error)
+        if time.monotonic() - told > 10 or number == len(bags):
+            told = time.monotonic()
+            log.info("%d of %d bags after %s.", number, len(bags), hours(told - began))
+    write_json(out / "aside.json", aside)
+    if not done:
+        raise MedclError(f"none of {len(bags)} bags can be used", config.bags, "Mend what is told above.")
+    write_rows(out / "bags.csv", table_of(done))
+    log.info("%d bags in %s, %d of them extracted now by %s; %d set aside.",
+             len(done), out, fresh, encoder.identity, len(aside))  # fmt: skip
+    return out
+
+
+def check(config: MILPrepareConfig) -> None:
+    """Refuses settings that cannot work, before anything is read."""
+    for name, good, remedy in (
+        ("tile", config.tile >= 16, "Give 16 or more pixels."),
+        ("mpp", config.mpp >= 0, "Give microns per pixel, or 0 for pixels as they are."),
+        ("slide_mpp", config.slide_mpp >= 0, "Give microns per pixel, or 0."),
+        ("overlap", 0 <= config.overlap < 1, "Give a share from 0 to below 1."),
+        ("tissue", 0 <= config.tissue <= 1, "Give a share from 0 to 1."),
+    ):
+        if not good:
+            raise MedclError(f"{getattr(config, name)} cannot work", f"--{name}", remedy)
+
+
+def recipe_of(bag: Bag, encoder: InstanceEncoder, tiling: Tiling, config: MILPrepareConfig) -> str:
+    """A digest of all that the features depend on; of the input its size and time of change."""
+    stat = bag.path.stat()
+    facts: list[Any] = [
+        encoder.identity,
+        vars(tiling),
+        config.slide_mpp,
+        str(bag.path.resolve()),
+        stat.st_size,
+        stat.st_mtime_ns,
+    ]
+    if bag.path.is_dir():
+        facts.append(sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in bag.path.iterdir()))
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def is_current(path: Path, recipe: str) -> bool:
+    if not path.exists():
+        return False
+    try:
+        return (read_features(path).meta or {}).get("recipe") == recipe
+    except MedclError:
+        return False
+
+
+@torch.no_grad()
+def encode(found: Instances, encoder: InstanceEncoder, device: str) -> np.ndarray:
+    """Features (K, M) of all instances."""
+    rows = []
+    for block in found.read():
+        x = torch.from_numpy(np.ascontiguousarray(block)).to(device)
+        rows.append(encoder(x.float() / 255 if x.dtype == torch.uint8 else x).float().cpu().numpy())
+    return np.concatenate(rows)
+
+
+def volume_of(bag: Bag, encoder: InstanceEncoder, plan: Plan | None) -> Instances:
+    """Sub-volumes of a scan, prepared as the encoder has seen its own.
+
+    Raises:
+        MedclError: the encoder is none of volumes, or the scan cannot be used.
+    """
+    if plan is None or not isinstance(encoder, VolumeEncoder):
+        raise MedclError("is a volume", bag.path, "Give --encoder the run folder of `medcl pretrain`.")
+    volume = read_volume([bag.path])
+    check_image(volume.array, where=str(bag.path))
+    image = prepare_image(to_canonical(volume), plan).image
+    multiple = encoder.backbone.multiple
+    # half a fine-tuning patch: small enough to say where, large enough to show what
+    size = round_up([max(m, p // 2) for p, m in zip(plan.patch_size, multiple, strict=True)], multiple)
+    found = sub_volumes(image, size)
+    meta = {**found.meta, "plan": json.dumps(dataclasses.asdict(plan))}
+    return Instances(found.coordinates, meta, found.read)

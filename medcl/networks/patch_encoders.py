@@ -1,0 +1,170 @@
+"""Encoders of instances: patches of a slide, or sub-volumes of a scan, to one row of features each."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medcl.errors import MedclError
+from medcl.networks.backbones import Backbone
+from medcl.networks.heads import pooled_pyramid
+
+WIDTHS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048}
+
+
+class InstanceEncoder(nn.Module, ABC):
+    """Maps a batch of instances to features (N, M).
+
+    Attributes:
+        identity: name and digest of the weights: features of two encoders are never mixed.
+    """
+
+    identity: str
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, M) of patches (N, 3, H, W) in [0, 1], or of sub-volumes (N, 1, D, H, W)."""
+
+
+class PatchResNet(InstanceEncoder):
+    """MONAI's 2D ResNet without its classifier: average of the last map.
+
+    Args:
+        name: resnet18, resnet34 or resnet50.
+        width: factor on the number of channels.
+    """
+
+    def __init__(self, name: str = "resnet18", width: float = 1.0):
+        super().__init__()
+        from monai.networks import nets
+
+        if name not in WIDTHS:
+            raise MedclError(f"unknown encoder {name!r}", "--encoder", f"Use one of {', '.join(WIDTHS)}.")
+        self.name, self.features = name, int(WIDTHS[name] * width)
+        self.net = getattr(nets, name)(
+            spatial_dims=2, n_input_channels=3, feed_forward=False, shortcut_type="B", widen_factor=width
+        )
+
+    @property
+    def identity(self) -> str:  # type: ignore[override]
+        return f"{self.name}:{digest(self)}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(2 * x - 1)
+
+
+class VolumeEncoder(InstanceEncoder):
+    """A pretrained medcl encoder of sub-volumes: its pyramid, pooled."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.identity = f"{backbone.spec.name}:{digest(backbone)}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pooled_pyramid(self.backbone.encode(x)).float()
+
+
+class Foreign(InstanceEncoder):
+    """Any torch module that maps patches to features, with the mean and deviation it expects."""
+
+    def __init__(self, module: nn.Module, name: str, mean: Any = (0.0, 0.0, 0.0), std: Any = (1.0, 1.0, 1.0)):
+        super().__init__()
+        self.module = module
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
+        self.identity = f"{name}:{digest(module)}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module((x - self.mean) / self.std).flatten(1)
+
+
+def digest(module: nn.Module) -> str:
+    """Twelve hexadecimal digits that change with any weight."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:12]
+
+
+def instance_encoder(name: str, seed: int = 0) -> InstanceEncoder:
+    """The encoder that `--encoder` names.
+
+    Args:
+        name: a run folder of `medcl mil pretrain` or `medcl pretrain`; `resnet18` and the like for random weights;
+            `timm:NAME` for a pretrained model of timm (downloads it); `MODULE:FUNCTION` for a function that returns a
+            torch module of patches (N, 3, H, W) in [0, 1].
+        seed: of random weights.
+
+    Raises:
+        MedclError: nothing of that name, or what it needs is not installed.
+    """
+    torch.manual_seed(seed)
+    folder = Path(name)
+    if (folder / "weights" / "patch_encoder.json").exists():
+        return load_patch_encoder(folder)
+    if (folder / "weights" / "contract.json").exists():
+        from medcl.checkpoint import rebuild
+
+        return VolumeEncoder(rebuild(folder)[1]).eval()
+    if name in WIDTHS:
+        return PatchResNet(name).eval()
+    if name.startswith("timm:"):
+        try:
+            timm = importlib.import_module("timm")
+        except ImportError:
+            raise MedclError(f"{name} needs timm", "--encoder", "pip install timm.") from None
+        model = timm.create_model(name[5:], pretrained=True, num_classes=0)
+        config = timm.data.resolve_model_data_config(model)
+        return Foreign(model, name, config["mean"], config["std"]).eval()
+    if ":" in name and not folder.exists():
+        module, _, function = name.partition(":")
+        try:
+            made = getattr(importlib.import_module(module), function)()
+        except (ImportError, AttributeError) as error:
+            raise MedclError(f"{name} cannot be imported ({error})", "--encoder", "Give MODULE:FUNCTION.") from None
+        return Foreign(made, name).eval()
+    raise MedclError(
+        f"no encoder {name!r}", "--encoder", f"Give a run folder, {', '.join(WIDTHS)}, timm:NAME or MODULE:FUNCTION."
+    )
+
+
+def save_patch_encoder(run: Path, encoder: PatchResNet, width: float, facts: dict[str, Any]) -> None:
+    """Writes `weights/patch_encoder.safetensors` and, last, the JSON that vouches for it."""
+    from safetensors.torch import save
+
+    from medcl.files import atomic_path, sha256, write_json
+
+    data = save({name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()})
+    with atomic_path(run / "weights" / "patch_encoder.safetensors") as part:
+        part.write_bytes(data)
+    about = {**facts, "name": encoder.name, "width": width, "sha256": sha256(data)}
+    write_json(run / "weights" / "patch_encoder.json", about)
+
+
+def load_patch_encoder(run: Path) -> PatchResNet:
+    """The patch encoder of a run.
+
+    Raises:
+        MedclError: damaged weights.
+    """
+    from safetensors.torch import load
+
+    from medcl.files import read_json, sha256
+
+    facts = read_json(run / "weights" / "patch_encoder.json")
+    data = (run / "weights" / "patch_encoder.safetensors").read_bytes()
+    if sha256(data) != facts["sha256"]:
+        raise MedclError("are not what patch_encoder.json vouches for", run / "weights", "Pretrain again.")
+    encoder = PatchResNet(facts["name"], facts["width"])
+    encoder.load_state_dict(load(data), strict=True)
+    return encoder.eval()
