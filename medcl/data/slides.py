@@ -17,6 +17,7 @@ from medcl.errors import MedclError
 
 SLIDES = (".svs", ".ndpi", ".scn", ".mrxs", ".vms", ".bif", ".qptiff")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+GLASS, PALE = 0.07, 0.15  # saturation: below the one nothing is tissue, above the other everything
 THUMBNAIL = 1024  # pixels of the longer side of the image that tissue is looked for on
 
 
@@ -124,7 +125,7 @@ def _resized(piece: np.ndarray, pixels: int) -> np.ndarray:
 
 
 def tissue_mask(thumbnail: np.ndarray) -> np.ndarray:
-    """Where tissue is: saturation above Otsu's threshold, small specks and holes removed.
+    """Where tissue is: saturation above Otsu's threshold, within bounds; small specks and holes removed.
 
     A picture full of tissue has no background to tell it from; where the threshold divides less than a clear
     background would, everything counts as tissue.
@@ -145,10 +146,10 @@ def tissue_mask(thumbnail: np.ndarray) -> np.ndarray:
     threshold = threshold_otsu(saturation)
     background = saturation[saturation <= threshold]
     # white glass has next to no colour; if what lies below is coloured itself, it is tissue too
-    if float(np.median(background)) > 0.07:
+    if float(np.median(background)) > GLASS:
         return np.ones(saturation.shape, dtype=bool)
     least = max(4, saturation.size // 5000)
-    mask = remove_small_objects(saturation > min(threshold, 0.15), max_size=least)
+    mask = remove_small_objects(saturation > np.clip(threshold, GLASS, PALE), max_size=least)
     return remove_small_holes(mask, max_size=least)
 
 
