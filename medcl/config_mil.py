@@ -20,6 +20,8 @@ class MILPrepareConfig:
         slide_mpp: microns per pixel of slides that do not say it.
         overlap: share of a tile that it shares with the next.
         tissue: least share of a tile that must be tissue.
+        sub_volume: voxels of the sub-volumes of a prepared volume; by default half a fine-tuning patch. They overlap by
+            half.
         seed: of random weights.
         accelerator: auto, cpu or gpu.
     """
@@ -32,6 +34,7 @@ class MILPrepareConfig:
     slide_mpp: float = 0.0
     overlap: float = 0.0
     tissue: float = 0.25
+    sub_volume: tuple[int, int, int] | None = None
     seed: int = 0
     accelerator: str = "auto"
 

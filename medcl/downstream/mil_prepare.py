@@ -61,7 +61,10 @@ def prepare_bags(config: MILPrepareConfig) -> Path:
                 continue
             recipe = recipe_of(bag, encoder, tiling, config)
             if not is_current(path, recipe):
-                found = volume_of(bag, encoder, plan) if kind == "volume" else patches_of(bag, tiling, config.slide_mpp)
+                if kind == "volume":
+                    found = volume_of(bag, encoder, plan, config.sub_volume)
+                else:
+                    found = patches_of(bag, tiling, config.slide_mpp)
                 h = encode(found, encoder, device)
                 meta = {"source": str(bag.path.resolve()), **found.meta, "recipe": recipe}
                 write_features(path, Features(h, found.coordinates, encoder.identity, meta))
@@ -90,6 +93,7 @@ def check(config: MILPrepareConfig) -> None:
         ("slide_mpp", config.slide_mpp >= 0, "Give microns per pixel, or 0."),
         ("overlap", 0 <= config.overlap < 1, "Give a share from 0 to below 1."),
         ("tissue", 0 <= config.tissue <= 1, "Give a share from 0 to 1."),
+        ("sub_volume", config.sub_volume is None or min(config.sub_volume) > 0, "Give three positive numbers."),
     ):
         if not good:
             raise MedclError(f"{getattr(config, name)} cannot work", f"--{name}", remedy)
@@ -130,7 +134,9 @@ def encode(found: Instances, encoder: InstanceEncoder, device: str) -> np.ndarra
     return np.concatenate(rows)
 
 
-def volume_of(bag: Bag, encoder: InstanceEncoder, plan: Plan | None) -> Instances:
+def volume_of(
+    bag: Bag, encoder: InstanceEncoder, plan: Plan | None, size: tuple[int, int, int] | None = None
+) -> Instances:
     """Sub-volumes of a scan, prepared as the encoder has seen its own.
 
     Raises:
@@ -143,7 +149,8 @@ def volume_of(bag: Bag, encoder: InstanceEncoder, plan: Plan | None) -> Instance
     image = prepare_image(to_canonical(volume), plan).image
     multiple = encoder.backbone.multiple
     # half a fine-tuning patch: small enough to say where, large enough to show what
-    size = round_up([max(m, p // 2) for p, m in zip(plan.patch_size, multiple, strict=True)], multiple)
+    wish = size or [max(m, p // 2) for p, m in zip(plan.patch_size, multiple, strict=True)]
+    size = round_up(wish, multiple)
     found = sub_volumes(image, size)
     meta = {**found.meta, "plan": json.dumps(dataclasses.asdict(plan))}
     return Instances(found.coordinates, meta, found.read)

@@ -48,8 +48,9 @@ class PatchResNet(InstanceEncoder):
             raise MedclError(f"unknown encoder {name!r}", "--encoder", f"Use one of {', '.join(WIDTHS)}.")
         self.name, self.features = name, int(WIDTHS[name] * width)
         self.net = getattr(nets, name)(
-            spatial_dims=2, n_input_channels=3, feed_forward=False, shortcut_type="B", widen_factor=width
-        )
+            spatial_dims=2, n_input_channels=3, feed_forward=False, shortcut_type="B", widen_factor=width,
+            conv1_t_stride=2,  # as in the original; MONAI's default keeps full resolution
+        )  # fmt: skip
 
     @property
     def identity(self) -> str:  # type: ignore[override]
