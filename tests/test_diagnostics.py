@@ -99,7 +99,10 @@ def test_verdicts_on_planted_runs():
     assert set(watch_at(2.0 + noise, lines)) == {"constant"}
     assert "--lr" in watch_at(2.0 + noise, lines)["constant"]
     assert set(watch_at(3.0 + noise, lines)) == {"orthogonal"}
+    assert set(watch_at(2.3 + noise, lines)) == {"constant"}  # still, and worse than that
     assert not watch_at(1.5 + noise, lines)  # below every trivial value
+    floor = {"orthogonal": 0.0, "collapsed": -2.0}
+    assert set(watch_at(-1.99 + noise, floor)) == {"collapsed"} and not watch_at(-1.6 + noise, floor)
     assert not watch_at(np.linspace(2.5, 1.6, 100), lines)  # passing by
     assert not watch_at((2.0 + noise)[:60], lines)  # too early to say
     alike = {"constant": 2.0, "orthogonal": 2.0}

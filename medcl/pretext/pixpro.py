@@ -27,6 +27,7 @@ from medcl.transforms.correspondence import affine_of, grid_points, map_to_view
 from medcl.transforms.views import RandomView
 
 MOST_VOXELS = 512  # of a map by default: pairs of voxels are compared
+SHOWN = 200  # voxels of a view that diagnostics look at
 ROOM = 5 / 4  # a read is this much longer than a view along each axis
 
 
@@ -153,13 +154,18 @@ class PixPro(PretextTask):
         return values
 
     def pairs(self, views: Tensors, z: Tensors, marks: Tensors) -> Pairs:
-        """Voxels of the first read: those that show the same place are positive, all others negative."""
+        """Some voxels of the first read's first view, and for each one of the second view that shows its place."""
         close = marks["close"][0]
-        n = len(close)
+        rows = torch.linspace(0, len(close) - 1, min(SHOWN, len(close)), device=close.device).round().long()
+        rows = rows[close[rows].any(1)] if close.any() else rows
+        columns = close[rows].float().argmax(1)
+        between, n = close[rows][:, columns], len(rows)
         positive = close.new_zeros((2 * n, 2 * n))
-        positive[:n, n:], positive[n:, :n] = close, close.mT
-        itself = torch.eye(2 * n, dtype=torch.bool, device=close.device)
-        return Pairs(z["student"][0].flatten(0, 1), positive, ~positive & ~itself, marks["features"])
+        positive[:n, n:], positive[n:, :n] = between, between.mT
+        negative = close.new_zeros((2 * n, 2 * n))
+        negative[:n, n:], negative[n:, :n] = ~between, ~between.mT
+        x = z["student"][0]
+        return Pairs(torch.cat([x[0, rows], x[1, columns]]), positive, negative, marks["features"])
 
     def after_step(self, progress: float) -> None:
         self.teacher.update(self._taught(), cosine_momentum(self.options.momentum, progress))

@@ -101,13 +101,20 @@ class Watch(pl.Callback):
         if len(self.losses) == WINDOW and step > SPARE_STEPS * self.steps:
             losses = list(self.losses)
             before, now = (statistics.median(half) for half in (losses[: WINDOW // 2], losses[WINDOW // 2 :]))
-            for name, values in self.trivial.items():
-                level = statistics.median(values)
-                margin = NEAR * max(abs(level), 0.1)
-                if abs(now - level) < margin and abs(now - before) < margin:
+            still = abs(now - before) < NEAR * max(abs(now), 0.1)
+            levels = {name: statistics.median(values) for name, values in self.trivial.items()}
+            # no better than these; of several the nearest says where it stands
+            reached = {name: abs(now - level) for name, level in levels.items()
+                       if now > level - NEAR * max(abs(level), 0.1)}  # fmt: skip
+            floor = levels.get("collapsed", -math.inf)
+            if now > floor + NEAR * abs(floor):
+                reached.pop("collapsed", None)
+            nearest = min(reached.values(), default=math.inf)
+            for name, gap in reached.items():
+                if still and gap <= nearest + 1e-6:
                     found[name] = (
-                        f"The loss stands still at {now:.3g}, and would be {level:.3g} {MEANING.get(name, name)}. "
-                        + self.task.remedies.get(name, "")
+                        f"The loss stands still at {now:.3g}, no better than {MEANING.get(name, name)} "
+                        f"({levels[name]:.3g}). " + self.task.remedies.get(name, "")
                     )
         if {"constant", "orthogonal"} <= set(found):  # where both cost the same, the embeddings tell which it is
             del found["orthogonal" if self.last_spread < SPREAD else "constant"]

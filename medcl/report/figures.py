@@ -70,6 +70,9 @@ def read_series(run: Path) -> dict[str, Series]:
     return series
 
 
+FAR = 2.0  # a level this many times above a curve is told, not drawn
+
+
 def curve(
     named: Mapping[str, Series], label: str, *, scale: float = 1.0, smooth: bool = False,
     lines: Mapping[str, Series] | None = None,
@@ -85,9 +88,15 @@ def curve(
     """
     figure = new_figure(3.5, 2.3)
     axes = figure.add_subplot()
+    top = max(float(np.abs(values * scale).max()) for _, values in named.values())
     for (name, (steps, values)), dashes in zip((lines or {}).items(), ("--", ":", "-.") * 3, strict=False):
-        level = _running_median(values, max(5, len(values) // 5)) if len(values) >= 10 else values
-        axes.plot(*_thinned(steps, level * scale), color=GREY, linewidth=1.0, linestyle=dashes, label=name)
+        level = (_running_median(values, max(5, len(values) // 5)) if len(values) >= 10 else values) * scale
+        if np.abs(level).min() > FAR * top:  # it would flatten the curve
+            axes.plot(
+                [], [], color=GREY, linewidth=1.0, linestyle=dashes, label=f"{name}: {np.median(level):.3g}, above"
+            )
+            continue
+        axes.plot(*_thinned(steps, level), color=GREY, linewidth=1.0, linestyle=dashes, label=name)
     for (name, (steps, values)), colour in zip(named.items(), (BLUE, ORANGE, GREY, SKY) * 8, strict=False):
         values = values * scale
         if smooth and len(values) >= 50:
