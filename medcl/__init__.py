@@ -27,9 +27,20 @@ _STAGES = {
     "write_report": "medcl.report.stage",
     "export": "medcl.checkpoint",
 }
-_CONFIGS = tuple(f"{stage.split('_')[-1].capitalize()}Config" for stage in _STAGES)
+# stages of bags, whose functions have longer names at home
+_BAGS = {
+    "mil_pretrain": "medcl.pretext.patches:pretrain_patches",
+    "mil_prepare": "medcl.downstream.mil_prepare:prepare_bags",
+    "mil_fit": "medcl.downstream.mil_stage:fit",
+    "mil_predict": "medcl.downstream.mil_stage:predict_bags",
+    "mil_evaluate": "medcl.evaluation.bags:evaluate_bags",
+}
+_CONFIGS = (
+    *(f"{stage.split('_')[-1].capitalize()}Config" for stage in _STAGES),
+    *(f"MIL{stage.split('_')[-1].capitalize()}Config" for stage in _BAGS),
+)
 
-__all__ = [*_STAGES, *_CONFIGS]
+__all__ = [*_STAGES, *_BAGS, *_CONFIGS]
 
 if TYPE_CHECKING:
     from medcl.checkpoint import export as export
@@ -44,6 +55,21 @@ if TYPE_CHECKING:
     )
     from medcl.config import (
         FinetuneConfig as FinetuneConfig,
+    )
+    from medcl.config import (
+        MILEvaluateConfig as MILEvaluateConfig,
+    )
+    from medcl.config import (
+        MILFitConfig as MILFitConfig,
+    )
+    from medcl.config import (
+        MILPredictConfig as MILPredictConfig,
+    )
+    from medcl.config import (
+        MILPrepareConfig as MILPrepareConfig,
+    )
+    from medcl.config import (
+        MILPretrainConfig as MILPretrainConfig,
     )
     from medcl.config import (
         PredictConfig as PredictConfig,
@@ -62,10 +88,15 @@ if TYPE_CHECKING:
     )
     from medcl.data.stage import prepare as prepare
     from medcl.data.stage import scan as scan
+    from medcl.downstream.mil_prepare import prepare_bags as mil_prepare  # noqa: F401
+    from medcl.downstream.mil_stage import fit as mil_fit  # noqa: F401
+    from medcl.downstream.mil_stage import predict_bags as mil_predict  # noqa: F401
     from medcl.downstream.predict import predict as predict
     from medcl.downstream.stage import finetune as finetune
+    from medcl.evaluation.bags import evaluate_bags as mil_evaluate  # noqa: F401
     from medcl.evaluation.stage import compare as compare
     from medcl.evaluation.stage import evaluate as evaluate
+    from medcl.pretext.patches import pretrain_patches as mil_pretrain  # noqa: F401
     from medcl.pretext.stage import pretrain as pretrain
     from medcl.report.stage import write_report as write_report
 
@@ -73,6 +104,9 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _STAGES:
         return getattr(importlib.import_module(_STAGES[name]), name)
+    if name in _BAGS:
+        module, function = _BAGS[name].split(":")
+        return getattr(importlib.import_module(module), function)
     if name in _CONFIGS:
         return getattr(importlib.import_module("medcl.config"), name)
     raise AttributeError(f"module 'medcl' has no attribute {name!r}")
