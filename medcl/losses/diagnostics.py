@@ -95,10 +95,10 @@ class RankMemory:
         """Rows (n, d) of a step; at most a sixteenth of the memory of them, so that it spans many volumes."""
         most = max(1, self.size // 16)
         chosen = torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device).round().long()
-        self._rows.append(rows[chosen].detach().float().cpu())
+        self._rows.append(rows[chosen].detach().float())
         while self._rows and sum(map(len, self._rows[1:])) >= self.size:
             self._rows.pop(0)
 
     def rank(self) -> float | None:
         rows = torch.cat(self._rows) if self._rows else torch.empty(0, 1)
-        return effective_rank(rows[-self.size :]) if len(rows) >= self.size else None
+        return effective_rank(rows[-self.size :].cpu()) if len(rows) >= self.size else None

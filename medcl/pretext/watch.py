@@ -18,7 +18,7 @@ from medcl.training import LAST
 
 NEAR = 0.02  # of a trivial value: a loss this near to it, and moving by less than this, stands at it
 SPREAD = 0.2  # below it embeddings count as equal
-FALLEN = 0.5  # of the highest rank seen: below it the representation is collapsing
+FALLEN = 0.5  # of the highest rank since the first fifth: below it the representation is collapsing
 SPARE_STEPS = 0.2  # share of a run before a plateau is called one: warm-up passes by the trivial values
 WINDOW = 100  # steps of loss behind a verdict
 
@@ -43,7 +43,7 @@ class Watch(pl.Callback):
         """Starts anew: another stage of a task has another loss and other embeddings."""
         self.stage = stage  # names of the embeddings
         self.features, self.embeddings = RankMemory(), RankMemory()
-        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.losses: deque[Any] = deque(maxlen=WINDOW)
         self.trivial: dict[str, deque[float]] = {}
         self.first_rank: float | None = None
         self.best_rank, self.last_rank = 0.0, float("nan")
@@ -65,19 +65,19 @@ class Watch(pl.Callback):
         if self.stage and self.stage != tuple(z):
             self.forget(tuple(z))
         self.stage = tuple(z)
-        self.losses.append(float(loss.detach()))
+        self.losses.append(loss.detach())  # no number yet: that would wait for the device at every step
         embeddings = next(iter(z.values())).flatten(0, -2)
         self.embeddings.add(embeddings)
         self.features.add(marks.get("features", embeddings))
         if trainer.global_step % self.every and trainer.global_step < self.steps:
             return
-        values = self.look(module.seen["views"], z, marks)
+        values = self.look(module.seen["views"], z, marks, trainer.global_step)
         trainer.logger.log_metrics(values, trainer.global_step - 1)  # type: ignore[union-attr]
         for name, message in self.verdicts(trainer.global_step).items():
             self.tell(trainer, name, message)
 
     @torch.no_grad()
-    def look(self, views: Any, z: Any, marks: Any) -> dict[str, float]:
+    def look(self, views: Any, z: Any, marks: Any, step: int) -> dict[str, float]:
         """Diagnostics of one step, and the loss at the trivial solutions of its own pairs."""
         values = {}
         for name, value in self.task.trivial(z, marks).items():
@@ -92,14 +92,15 @@ class Watch(pl.Callback):
             values["embedding_rank"] = own
             values["effective_rank"] = self.last_rank = rank
             self.first_rank = rank if self.first_rank is None else self.first_rank
-            self.best_rank = max(self.best_rank, rank)
+            if step > SPARE_STEPS * self.steps:  # random weights have many directions that mean nothing
+                self.best_rank = max(self.best_rank, rank)
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def verdicts(self, step: int) -> dict[str, str]:
         """What is wrong, by name of the trivial solution, with the remedy."""
         found = {}
         if len(self.losses) == WINDOW and step > SPARE_STEPS * self.steps:
-            losses = list(self.losses)
+            losses = [float(loss) for loss in self.losses]
             before, now = (statistics.median(half) for half in (losses[: WINDOW // 2], losses[WINDOW // 2 :]))
             still = abs(now - before) < NEAR * max(abs(now), 0.1)
             levels = {name: statistics.median(values) for name, values in self.trivial.items()}
@@ -137,7 +138,7 @@ class Watch(pl.Callback):
         """One line for the end of the log."""
         if self.first_rank is None:
             return None
-        loss = statistics.median(self.losses)
+        loss = statistics.median(float(loss) for loss in self.losses)
         lines = {name: statistics.median(values) for name, values in self.trivial.items()}
         against = ", ".join(f"{value:.3g} {MEANING.get(name, name)}" for name, value in lines.items())
         ranks = f"effective rank of the features {self.first_rank:.3g} early, {self.last_rank:.3g} at the end"
