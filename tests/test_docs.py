@@ -13,9 +13,12 @@ import medcl
 from medcl import FinetuneConfig, PretrainConfig
 from medcl.checkpoint import load_weights
 from medcl.config import from_mapping
+from medcl.config_mil import MILFitConfig, MILPretrainConfig
 from medcl.data.plan import Plan
+from medcl.downstream.mil_stage import check as check_fit
 from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.pretext import registry
+from medcl.pretext.patches import check as check_pretrain
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "contracts"))
@@ -60,6 +63,11 @@ def test_every_config_is_of_its_command(path):
     settings = yaml.safe_load(path.read_text())
     if path.stem.startswith("finetune"):
         from_mapping(FinetuneConfig, {"source": "x", "out": "y", **settings}, str(path))
+        return
+    if path.stem.startswith("mil"):
+        kind = MILFitConfig if path.stem.startswith("mil_fit") else MILPretrainConfig
+        config = from_mapping(kind, {"bags": "x", "out": "y", **settings}, str(path))
+        (check_fit if kind is MILFitConfig else check_pretrain)(config)
         return
     assert path.stem.startswith("pretrain")
     config = from_mapping(PretrainConfig, {"source": "x", "out": "y", **settings}, str(path))
