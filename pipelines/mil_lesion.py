@@ -55,9 +55,8 @@ def main(out: Path) -> None:
     tables = {"train": rows[:TRAIN], "test": rows[TRAIN:]}
     for part, some in tables.items():
         write_rows(out / f"{part}.csv", some)
-    dense = {"form": "contrast", "temperature": 0.1, "blocks": 1}
     pretraining = PretrainConfig(
-        str(scans), str(out / "encoder"), task="pixpro", options=dense, steps=300, lr=1e-3, subjects="all"
+        str(scans), str(out / "encoder"), task="mae", options={"block": 4}, steps=500, lr=1e-3, subjects="all"
     )
     encoder = medcl.pretrain(pretraining)
     bags = {
@@ -68,7 +67,7 @@ def main(out: Path) -> None:
         )
         for part in tables
     }  # fmt: skip
-    run = fit(MILFitConfig(str(bags["train"]), str(out / "fit"), epochs=60, lr=1e-3, folds=5))
+    run = fit(MILFitConfig(str(bags["train"]), str(out / "fit"), epochs=80, lr=1e-3, folds=5))
     told = draw_attention(predict_bags(MILPredictConfig(str(run), str(bags["test"]), str(out / "told"))))
     print_scores(evaluate_bags(MILEvaluateConfig(str(told))))
     hits = []

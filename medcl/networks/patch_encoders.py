@@ -61,15 +61,19 @@ class PatchResNet(InstanceEncoder):
 
 
 class VolumeEncoder(InstanceEncoder):
-    """A pretrained medcl encoder of sub-volumes: its pyramid, pooled."""
+    """A pretrained medcl encoder of sub-volumes: mean and maximum of every map of its pyramid.
+
+    The mean tells what a sub-volume is, the maximum that something small lies in it.
+    """
 
     def __init__(self, backbone: Backbone):
         super().__init__()
         self.backbone = backbone
-        self.identity = f"{backbone.spec.name}:{digest(backbone)}"
+        self.identity = f"{backbone.spec.name}:{digest(backbone)}:mean-max"
 
     def forward(self, x: Tensor) -> Tensor:
-        return pooled_pyramid(self.backbone.encode(x)).float()
+        features = self.backbone.encode(x)
+        return torch.cat([pooled_pyramid(features), *(f.flatten(2).amax(2) for f in features)], dim=1).float()
 
 
 class Foreign(InstanceEncoder):
