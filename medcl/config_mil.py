@@ -99,7 +99,8 @@ class MILFitConfig:
         out: run folder to write.
         aggregator: mean, max, abmil, gated_abmil, clam_sb, clam_mb, dsmil or transmil.
         options: options of the aggregator, such as `--options.hidden 128`.
-        method: `plain`, or `sc` for supervised contrast over bags (SC-MIL).
+        method: `plain`; `sc` for supervised contrast over bags (SC-MIL); or `ins` for a classifier of instances trained
+            from bag labels (INS), which is an aggregator of its own: `options` are then its options.
         folds: parts of the cross-validation; groups are never divided.
         repeats: cross-validations with other divisions into folds.
         epochs: passes over the training bags.

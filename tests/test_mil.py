@@ -18,7 +18,7 @@ pytest.importorskip("sklearn", reason="the extra `mil` is not installed")
 from medcl.config_mil import MILEvaluateConfig, MILFitConfig, MILPredictConfig  # noqa: E402
 from medcl.data.bag_set import load  # noqa: E402
 from medcl.data.bags import Features, classes_of, read_bags, read_features, read_instances, write_features  # noqa: E402
-from medcl.downstream.mil import build, cells_of, collate, train  # noqa: E402
+from medcl.downstream.mil import build, cells_of, collate, like_sized, train  # noqa: E402
 from medcl.downstream.mil_stage import divide, fit, predict_bags  # noqa: E402
 from medcl.errors import MedclError  # noqa: E402
 from medcl.evaluation.bags import evaluate_bags  # noqa: E402
@@ -341,3 +341,30 @@ def test_intervals_resample_groups_and_not_bags():
 def test_an_unknown_option_of_an_aggregator_is_named():
     with pytest.raises(MedclError, match="abmil"):
         build(MILFitConfig("", "", aggregator="abmil", options={"depth": 2}), 4, 2)
+
+
+def test_parts_of_like_size_pad_little_and_hold_every_bag_once():
+    sizes = [1044, 4, 9, 5000, 12, 6, 900, 10]
+    parts = like_sized(sizes)
+    assert sorted(i for part in parts for i in part) == list(range(8)) and [3] in parts and [0, 6] in parts
+    assert like_sized([5, 9, 7]) == [[0, 1, 2]] and like_sized([3]) == [[0]]
+
+
+@pytest.mark.parametrize("balance", ["none", "weights"])
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole(balance):
+    from medcl.downstream.objectives import Batch, Plain
+
+    bags, labels, _ = planted(7)
+    target = torch.tensor(labels)
+    torch.manual_seed(0)
+    model = build(config("", "", options={"hidden": 16, "dropout": 0.0}), WIDTH, 2)
+    objective = Plain(model, config("", "", balance=balance), [len(b.h) for b in bags], target)
+    grads = []
+    for parts in ([list(range(7))], [[0, 3], [1, 2, 6], [4, 5]]):
+        model.zero_grad()
+        for part in parts:
+            rows = [np.arange(len(bags[i].h)) for i in part]
+            batch = Batch(*collate([bags[i] for i in part]), target[part], part, rows, 0.0)
+            (objective.loss(batch) * objective.share(target[part], target)).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,21 +13,28 @@ from torch import Tensor, nn
 from medcl.config import nearest
 from medcl.config_mil import MILFitConfig
 from medcl.data.bags import Features
+from medcl.downstream.ins import INS, InstanceContrast
+from medcl.downstream.objectives import BagContrast, Batch, Plain
 from medcl.errors import MedclError
-from medcl.losses.bags import contrast_weight, supervised_contrast
 from medcl.networks.aggregators import AGGREGATORS, Aggregator, Bagged
 from medcl.training import warmup_cosine
 
 WARMUP = 0.05
 STATISTICS_FROM = 200_000  # instances that mean and deviation are taken from
+OVERHEAD = 1000  # padded instances that cost about as much as another pass through the network
+METHODS: dict[str, type[Plain]] = {"plain": Plain, "sc": BagContrast, "ins": InstanceContrast}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one bag: `probabilities` (C,) and `attention` (K,), which sums to 1."""
+    """What a model says of one bag: `probabilities` (C,), and `attention` (K,), which sums to 1.
+
+    `instances` are the class probabilities of the instances (K, C), where the model classifies them too.
+    """
 
     probabilities: np.ndarray
     attention: np.ndarray
+    instances: np.ndarray | None = None
 
 
 class BagClassifier(nn.Module):
@@ -62,14 +70,15 @@ def build(config: MILFitConfig, features: int, classes: int) -> BagClassifier:
     Raises:
         MedclError: no such aggregator, or an option it does not have.
     """
-    if config.aggregator not in AGGREGATORS:
+    if config.method != "ins" and config.aggregator not in AGGREGATORS:
         raise MedclError(
             f"unknown aggregator {config.aggregator!r}", "--aggregator", nearest(config.aggregator, AGGREGATORS)
         )
+    name, made = ("ins", INS) if config.method == "ins" else (config.aggregator, AGGREGATORS.get(config.aggregator))
     try:
-        return BagClassifier(AGGREGATORS[config.aggregator](features, classes, **config.options))
+        return BagClassifier(made(features, classes, **config.options))
     except TypeError as error:
-        raise MedclError(f"{config.aggregator}: {error}", "--options", "Leave that option out.") from None
+        raise MedclError(f"{name}: {error}", "--options", "Leave that option out.") from None
 
 
 def collate(bags: Sequence[Features], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
@@ -107,40 +116,48 @@ def train(
     torch.manual_seed(seed)
     model = build(config, bags[0].h.shape[1], classes)
     model.standardise(bags)
-    if config.method == "sc":
-        example = collate(bags[:1])
-        with torch.no_grad():
-            width = model.eval()(*example).embedding.shape[1]
-        model.projection = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, 128))
-    model.to(device).train()
+    model.to(device)
     target = torch.as_tensor(labels, device=device)
-    share = torch.bincount(target, minlength=classes).float()
-    weight = len(labels) / (classes * share.clamp(min=1)) if config.balance == "weights" else None
+    objective = METHODS[config.method](model, config, [len(bag.h) for bag in bags], target)
+    model.train()
     optimiser = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
     rng = np.random.default_rng([seed, 7])
     steps = config.epochs * -(-len(bags) // config.batch_size)
-    memory: list[tuple[Tensor, Tensor]] = []
     for step, chosen in enumerate(batches(config, labels, rng)):
         for group in optimiser.param_groups:
             group["lr"] = config.lr * warmup_cosine(step, steps, WARMUP)
-        h, mask, where = collate([subsample(bags[i], config.most_instances, rng) for i in chosen], device)
-        wanted = target[torch.as_tensor(chosen, device=device)]
-        out = model(h, mask, where)
-        loss = model.aggregator.loss(out, wanted, mask, weight)
-        if model.projection is not None:
-            z = model.projection(out.embedding)
-            earlier = [torch.cat(parts) for parts in zip(*memory, strict=True)] if memory else [None, None]
-            contrast = supervised_contrast(z, wanted, config.temperature, earlier[0], earlier[1])
-            share_now = contrast_weight(step / steps, config.schedule)
-            loss = share_now * contrast + (1 - share_now) * loss
-            memory.append((z.detach(), wanted))
-            while sum(len(parts[1]) for parts in memory) > config.memory and memory:
-                memory.pop(0)
+        drawn = [rows_of(bags[i], config.most_instances, rng) for i in chosen]
+        parts = like_sized([len(rows) for rows in drawn]) if objective.divisible else [list(range(len(chosen)))]
         optimiser.zero_grad()
-        loss.backward()
+        for part in parts:
+            some = [chosen[i] for i in part]
+            h, mask, where = collate([some_of(bags[chosen[i]], drawn[i]) for i in part], device)
+            batch = Batch(h, mask, where, target[some], some, [drawn[i] for i in part], step / steps)
+            (objective.loss(batch) * objective.share(target[some], target[chosen])).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimiser.step()
+        objective.after_step()
     return model.eval()
+
+
+def like_sized(sizes: Sequence[int]) -> list[list[int]]:
+    """Divides bags so that padding each part to its longest costs least: one large bag must not pad all others.
+
+    Args:
+        sizes: instances of every bag.
+
+    Returns:
+        Parts of the bags' numbers, each at least one, in ascending order within a part.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
+    best: list[tuple[int, list[int]]] = [(0, [])]  # cost and cuts of the first n bags
+    for end in range(1, len(order) + 1):
+        longest = sizes[order[end - 1]]
+        costs = [(best[begin][0] + (end - begin) * longest + OVERHEAD, begin) for begin in range(end)]
+        cost, begin = min(costs)
+        best.append((cost, [*best[begin][1], begin]))
+    cuts = [*best[-1][1], len(order)]
+    return [sorted(order[a:b]) for a, b in itertools.pairwise(cuts)]
 
 
 def batches(config: MILFitConfig, labels: Sequence[int], rng: np.random.Generator) -> Iterator[list[int]]:
@@ -157,12 +174,18 @@ def batches(config: MILFitConfig, labels: Sequence[int], rng: np.random.Generato
             yield order[begin : begin + config.batch_size].tolist()
 
 
-def subsample(bag: Features, most: int, rng: np.random.Generator) -> Features:
-    """At most so many of a bag's instances, at random; 0 keeps all."""
+def rows_of(bag: Features, most: int, rng: np.random.Generator) -> np.ndarray:
+    """Numbers of at most so many of a bag's instances, at random, ascending; 0 takes all."""
     if not most or len(bag.h) <= most:
+        return np.arange(len(bag.h))
+    return np.sort(rng.choice(len(bag.h), most, replace=False))
+
+
+def some_of(bag: Features, rows: np.ndarray) -> Features:
+    """A bag of some of its instances."""
+    if len(rows) == len(bag.h):
         return bag
-    chosen = np.sort(rng.choice(len(bag.h), most, replace=False))
-    return Features(bag.h[chosen], None if bag.coordinates is None else bag.coordinates[chosen], bag.encoder, bag.meta)
+    return Features(bag.h[rows], None if bag.coordinates is None else bag.coordinates[rows], bag.encoder, bag.meta)
 
 
 @torch.no_grad()
@@ -174,5 +197,7 @@ def predict(model: BagClassifier, bags: Sequence[Features]) -> list[Prediction]:
     for bag in bags:
         out = model(*collate([bag], device))
         probabilities = model.aggregator.probabilities(out)[0].double().cpu().numpy()
-        found.append(Prediction(probabilities / probabilities.sum(), out.attention[0].float().cpu().numpy()))
+        instances = out.extra["instance"][0].softmax(1).cpu().numpy() if "instance" in out.extra else None
+        attention = out.attention[0].float().cpu().numpy()
+        found.append(Prediction(probabilities / probabilities.sum(), attention, instances))
     return found

@@ -14,7 +14,7 @@ import numpy as np
 from medcl.config_mil import MILFitConfig, MILPredictConfig
 from medcl.data.bag_set import Loaded, load
 from medcl.data.bags import Bag, Features, classes_of
-from medcl.downstream.mil import BagClassifier, Prediction, build, predict, train
+from medcl.downstream.mil import METHODS, BagClassifier, Prediction, build, predict, train
 from medcl.errors import MedclError
 from medcl.evaluation.bags import score
 from medcl.files import atomic_path, read_json, sha256, write_json, write_rows
@@ -22,7 +22,6 @@ from medcl.losses.bags import SCHEDULES
 from medcl.run import log, open_run, write_provenance
 from medcl.training import choose_accelerator, hours
 
-METHODS = ("plain", "sc")
 BALANCE = ("none", "weights", "sampling")
 
 
@@ -192,7 +191,7 @@ def predict_bags(config: MILPredictConfig) -> Path:
     classes = facts["classes"]
     write_rows(out / "predictions.csv", [_row(b, t, classes) for b, t in zip(loaded.bags, told, strict=True)])
     for bag, features, each in zip(loaded.bags, loaded.features, told, strict=True):
-        write_attention(out / "attention" / f"{bag.id}.csv", features, each.attention)
+        write_attention(out / "attention" / f"{bag.id}.csv", features, each, classes)
     write_json(out / "sources.json", {bag.id: str(bag.path.resolve()) for bag in loaded.bags})
     for reason in loaded.aside.values():
         log.warning("set aside: %s", reason)
@@ -200,11 +199,17 @@ def predict_bags(config: MILPredictConfig) -> Path:
     return out
 
 
-def write_attention(path: Path, features: Features, attention: np.ndarray) -> None:
-    """A row an instance: its number, coordinates where known, and attention, the most attended first."""
+def write_attention(path: Path, features: Features, told: Prediction, classes: Sequence[str]) -> None:
+    """A row an instance: its number, coordinates where known, attention, and its own classes where the model says them.
+
+    The most attended comes first.
+    """
     where = features.coordinates
     rows = []
-    for i in np.argsort(-attention, kind="stable"):
+    for i in np.argsort(-told.attention, kind="stable"):
         place = {} if where is None else {n: int(c) for n, c in zip("xyz", where[i], strict=False)}
-        rows.append({"instance": int(i), **place, "attention": f"{attention[i]:.6g}"})
+        row = {"instance": int(i), **place, "attention": f"{told.attention[i]:.6g}"}
+        if told.instances is not None:
+            row |= {f"p_{name}": f"{p:.6g}" for name, p in zip(classes, told.instances[i], strict=True)}
+        rows.append(row)
     write_rows(path, rows)

@@ -1,0 +1,153 @@
+"""INS: a classifier of instances, trained from the labels of bags alone.
+
+Qu et al., "Rethinking Multiple Instance Learning for Whole Slide Image Classification: A Good Instance Classifier is
+All You Need", IEEE TCSVT 2024. The instances here are rows of features, so the two views of an instance are two draws of
+noise, and a momentum encoder follows the embedding. Where this differs from the released code:
+
+- The label of an instance is never read, there is no place to give it. The release hands the ground truth of patches to
+  the negative instances of positive slides.
+- The bag head is a classifier of C classes on the mean of the instances, weighted by how positive the instance classifier
+  says they are. (The release takes a softmax over the 512 channels of the mean feature and trains on two of them.)
+- A batch holds whole bags, and in a positive bag the likeliest instance counts as positive.
+- The first prototype is that of instances known to be negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medcl.config_mil import MILFitConfig
+from medcl.downstream.objectives import Batch, Plain
+from medcl.losses.bags import supervised_contrast
+from medcl.losses.contrastive import contrast
+from medcl.losses.instances import (
+    candidates,
+    first_pseudo_labels,
+    predicted_classes,
+    soft_cross_entropy,
+    updated_prototypes,
+    updated_pseudo_labels,
+)
+from medcl.networks.aggregators import Aggregator, Bagged
+from medcl.networks.ema import MomentumTeacher
+
+if TYPE_CHECKING:
+    from medcl.downstream.mil import BagClassifier
+
+KEEP = (0.95, 0.80)  # share of a pseudo-label that stays, at the start and at the end of training
+PROTOTYPE_MOMENTUM = 0.9
+
+
+class INS(Aggregator):
+    """An instance classifier and a bag head on it; class 0 is the one whose bags hold nothing else.
+
+    Args:
+        features, classes: see `Aggregator`.
+        hidden: width of the embedding.
+        projection: width of the embedding that is contrasted.
+        dropout: in the embedding.
+        noise: standard deviation of what is added to the standardised features to make a view.
+        momentum: of the momentum encoder.
+        queue: earlier instances to contrast with.
+        anchors: most instances of a step that are contrasted, drawn at random.
+        temperature: of the contrast.
+        warmup: share of the training without prototypes; instances are told from one another instead.
+        contrast_weight: of the contrast in the total.
+        bag_weight: of the bag head's cross-entropy in the total.
+    """
+
+    def __init__(
+        self, features: int, classes: int = 2, hidden: int = 256, projection: int = 128, dropout: float = 0.25,
+        noise: float = 0.3, momentum: float = 0.99, queue: int = 2048, anchors: int = 512, temperature: float = 0.07,
+        warmup: float = 0.1, contrast_weight: float = 0.5, bag_weight: float = 1.0,
+    ):  # fmt: skip
+        super().__init__(features, classes)
+        self.noise, self.momentum, self.queue, self.anchors = noise, momentum, queue, anchors
+        self.temperature, self.warmup = temperature, warmup
+        self.contrast_weight, self.bag_weight = contrast_weight, bag_weight
+        self.embed = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(dropout))
+        self.project = nn.Linear(hidden, projection)
+        self.instance = nn.Linear(hidden, classes)
+        self.bag = nn.Linear(hidden, classes)
+
+    def forward(self, h: Tensor, mask: Tensor, coordinates: Tensor | None = None) -> Bagged:
+        embedded = self.embed(h)
+        instance = self.instance(embedded).float()
+        # the logarithm of how positive an instance is: their softmax is the share of the bag's positives
+        positive = instance.log_softmax(2)[:, :, 1:].logsumexp(2)
+        attention = positive.masked_fill(~mask, -torch.inf).softmax(1)
+        z = torch.einsum("bk,bkm->bm", attention.to(embedded.dtype), embedded)
+        return Bagged(self.bag(z), attention, z, {"embedded": embedded, "instance": instance})
+
+
+class InstanceContrast(Plain):
+    """The objective: pseudo-labels by prototypes, contrast within predicted classes, and the bag's own label."""
+
+    divisible = False
+
+    def __init__(self, model: BagClassifier, config: MILFitConfig, sizes: Sequence[int], labels: Tensor):
+        super().__init__(model, config, sizes, labels)
+        net, device = model.aggregator, labels.device
+        assert isinstance(net, INS)
+        self.net = net
+        self.teacher = MomentumTeacher(nn.Sequential(net.embed, net.project))
+        can = candidates(labels, net.classes)
+        self.pseudo = [first_pseudo_labels(each[None].expand(n, -1)) for each, n in zip(can, sizes, strict=True)]
+        width = net.project.out_features
+        self.prototypes = torch.zeros(net.classes, width, device=device)
+        self.queue = torch.empty(0, width, device=device)
+        self.queue_classes = torch.empty(0, dtype=torch.long, device=device)
+
+    def loss(self, batch: Batch) -> Tensor:
+        net, mask = self.net, batch.mask
+        h = (batch.h - self.model.mean) / self.model.deviation
+        noises = [torch.randn_like(h) * net.noise for _ in range(2)]
+        out = net(h + noises[0], mask, batch.where)
+        bag = mask.nonzero()[:, 0]
+        logits = out.extra["instance"][mask]
+        q = F.normalize(net.project(out.extra["embedded"][mask]).float(), dim=1)
+        with torch.no_grad():
+            k = F.normalize(self.teacher.module((h + noises[1])[mask]).float(), dim=1)
+            can = candidates(batch.labels[bag], net.classes)
+            classes = predicted_classes(logits, can, bag, batch.labels)
+            certain = can.sum(1) == 1
+            pseudo = torch.cat(
+                [self.pseudo[b][torch.from_numpy(r)] for b, r in zip(batch.bags, batch.rows, strict=True)]
+            )
+            if batch.progress >= net.warmup:
+                self.prototypes = updated_prototypes(
+                    self.prototypes, q.detach(), classes, certain | (classes > 0), PROTOTYPE_MOMENTUM
+                )
+                keep = KEEP[0] + (KEEP[1] - KEEP[0]) * batch.progress
+                pseudo = updated_pseudo_labels(pseudo, q.detach(), self.prototypes, can, keep)
+                self._remember(batch, pseudo)
+        total = soft_cross_entropy(logits, pseudo)
+        total = total + net.bag_weight * net.loss(out, batch.labels, mask, self.weight)
+        return total + net.contrast_weight * self._contrast(q, k, classes, batch.progress < net.warmup)
+
+    def _remember(self, batch: Batch, pseudo: Tensor) -> None:
+        parts = pseudo.split([len(rows) for rows in batch.rows])
+        for number, rows, part in zip(batch.bags, batch.rows, parts, strict=True):
+            self.pseudo[number] = self.pseudo[number].clone()
+            self.pseudo[number][torch.from_numpy(rows)] = part
+
+    def _contrast(self, q: Tensor, k: Tensor, classes: Tensor, by_itself: bool) -> Tensor:
+        """Contrast of some instances with their own views and the queue, which takes them up afterwards."""
+        chosen = torch.randperm(len(q))[: self.net.anchors].to(q.device)
+        q, k, classes = q[chosen], k[chosen], classes[chosen]
+        others, other_classes = torch.cat([k, self.queue]), torch.cat([classes, self.queue_classes])
+        if by_itself:  # momentum contrast: an instance is like its own view only
+            own = torch.eye(len(q), len(others), dtype=torch.bool, device=q.device)
+            value = contrast(q, others, own, ~own, self.net.temperature)
+        else:
+            value = supervised_contrast(q, classes, self.net.temperature, others, other_classes)
+        self.queue, self.queue_classes = others[: self.net.queue], other_classes[: self.net.queue]
+        return value
+
+    def after_step(self) -> None:
+        self.teacher.update(nn.Sequential(self.net.embed, self.net.project), self.net.momentum)
