@@ -1,13 +1,13 @@
 """INS: a classifier of instances, trained from the labels of bags alone.
 
 Qu et al., "Rethinking Multiple Instance Learning for Whole Slide Image Classification: A Good Instance Classifier is
-All You Need", IEEE TCSVT 2024. The instances here are rows of features, so the two views of an instance are two draws of
-noise, and a momentum encoder follows the embedding. Where this differs from the released code:
+All You Need", IEEE TCSVT 2024. The instances here are rows of features, so the two views of an instance are two draws
+of noise, and a momentum encoder follows the embedding. Where this differs from the released code:
 
 - The label of an instance is never read, there is no place to give it. The release hands the ground truth of patches to
   the negative instances of positive slides.
-- The bag head is a classifier of C classes on the mean of the instances, weighted by how positive the instance classifier
-  says they are. (The release takes a softmax over the 512 channels of the mean feature and trains on two of them.)
+- The bag head is a classifier of C classes on the mean of the instances, weighted by how positive the instance
+  classifier says they are. (The release takes a softmax over the 512 channels of the mean feature and trains on two.)
 - A batch holds whole bags, and in a positive bag the likeliest instance counts as positive.
 - The first prototype is that of instances known to be negative.
 """

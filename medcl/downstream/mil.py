@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,8 @@ def build(config: MILFitConfig, features: int, classes: int) -> BagClassifier:
         raise MedclError(
             f"unknown aggregator {config.aggregator!r}", "--aggregator", nearest(config.aggregator, AGGREGATORS)
         )
-    name, made = ("ins", INS) if config.method == "ins" else (config.aggregator, AGGREGATORS.get(config.aggregator))
+    made: Any
+    name, made = ("ins", INS) if config.method == "ins" else (config.aggregator, AGGREGATORS[config.aggregator])
     try:
         return BagClassifier(made(features, classes, **config.options))
     except TypeError as error:

@@ -1,8 +1,9 @@
 """Pseudo-labels of instances from the labels of their bags, as INS makes them.
 
 Qu et al., "Rethinking Multiple Instance Learning for Whole Slide Image Classification: A Good Instance Classifier is
-All You Need", IEEE TCSVT 2024. Class 0 is the one whose bags hold nothing else; a bag of class c holds instances of class
-0 and of class c. Nothing here is given the label of an instance: the released code reads them, and so cannot be compared.
+All You Need", IEEE TCSVT 2024. Class 0 is the one whose bags hold nothing else; a bag of class c holds instances of
+class 0 and of class c. Nothing here is given the label of an instance: the released code reads them, and so its numbers
+cannot be compared.
 """
 
 from __future__ import annotations
