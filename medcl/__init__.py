@@ -24,6 +24,7 @@ _STAGES = {
     "predict": "medcl.downstream.predict",
     "evaluate": "medcl.evaluation.stage",
     "compare": "medcl.evaluation.stage",
+    "benchmark": "medcl.evaluation.benchmark",
     "write_report": "medcl.report.stage",
     "export": "medcl.checkpoint",
 }
@@ -44,6 +45,9 @@ __all__ = [*_STAGES, *_BAGS, *_CONFIGS]
 
 if TYPE_CHECKING:
     from medcl.checkpoint import export as export
+    from medcl.config import (
+        BenchmarkConfig as BenchmarkConfig,
+    )
     from medcl.config import (
         CompareConfig as CompareConfig,
     )
@@ -94,6 +98,7 @@ if TYPE_CHECKING:
     from medcl.downstream.predict import predict as predict
     from medcl.downstream.stage import finetune as finetune
     from medcl.evaluation.bags import evaluate_bags as mil_evaluate  # noqa: F401
+    from medcl.evaluation.benchmark import benchmark as benchmark
     from medcl.evaluation.stage import compare as compare
     from medcl.evaluation.stage import evaluate as evaluate
     from medcl.pretext.patches import pretrain_patches as mil_pretrain  # noqa: F401

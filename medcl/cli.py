@@ -76,6 +76,16 @@ def _compare(config: Any) -> None:
     print(f"Report: {page}")
 
 
+def _benchmark(config: Any) -> None:
+    from medcl.evaluation.benchmark import benchmark
+    from medcl.evaluation.efficiency import print_benchmark
+    from medcl.report.benchmark import write_benchmark_report
+
+    result = benchmark(config)
+    print_benchmark(result)
+    print(f"Report: {write_benchmark_report(Path(config.out), result)}")
+
+
 def _report_again(config: Any) -> None:
     _report(Path(config.run))
 
@@ -149,6 +159,12 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str, Command]] = {
         _evaluate,
     ),
     "compare": ("did pretraining help? paired, with intervals", ("runs",), "CompareConfig", _compare),
+    "benchmark": (
+        "label efficiency of several arms, paired, with intervals",
+        ("config", "source"),
+        "BenchmarkConfig",
+        _benchmark,
+    ),
     "report": ("write the page of a run again", ("run",), "ReportConfig", _report_again),
     "export": ("weights for the plain MONAI class", ("run",), "ExportConfig", _export),
     "mil pretrain": ("a patch encoder, without labels", ("bags", "out"), "MILPretrainConfig", _mil_pretrain),

@@ -10,6 +10,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from medcl.config_benchmark import BenchmarkConfig as BenchmarkConfig
 from medcl.config_mil import MILEvaluateConfig as MILEvaluateConfig
 from medcl.config_mil import MILFitConfig as MILFitConfig
 from medcl.config_mil import MILPredictConfig as MILPredictConfig
@@ -154,6 +155,7 @@ class FinetuneConfig:
         backbone: network; by default that of `init`, or unet.
         width: channels of the network's first level; 0 takes that of `init`, or the backbone's default.
         norm: normalisation layers: instance, layer or batch; by default those of `init`, or instance.
+        spatial_dims: 3; or 2 for a network that sees every axial slice by itself; 0 takes that of `init`, or 3.
         steps: optimiser steps.
         batch_size: patches a step.
         lr: peak learning rate.
@@ -187,6 +189,7 @@ class FinetuneConfig:
     backbone: str = ""
     width: int = 0
     norm: str = ""
+    spatial_dims: int = 0
     steps: int = 400
     batch_size: int = 4
     lr: float = 2e-3
@@ -243,6 +246,7 @@ class EvaluateConfig:
     Args:
         predictions: folder of predicted label maps named `<case>.nii.gz`, or the run folder of a fine-tuning, whose own
             test subjects are then predicted and scored into `RUN/test`.
+        subjects: of a run: test, or val for its validation subjects, scored into `RUN/val`.
         reference: folder of labelled scans, or a manifest; by default the one the run was trained on.
         out: where to write evaluation.csv and evaluation.json; by default beside the predictions.
         tolerance: tolerance of the normalised surface distance in mm.
@@ -252,6 +256,7 @@ class EvaluateConfig:
     predictions: str
     reference: str = ""
     out: str = ""
+    subjects: str = "test"
     tolerance: float = 1.0
     channel: int | None = None
 
@@ -316,7 +321,9 @@ def from_mapping(kind: type[T], values: dict[str, Any], where: str) -> T:
     ]
     if missing:
         raise MedclError(f"{', '.join(missing)} missing", where, "Give it on the command line or in the config.")
-    return kind(**values)
+    # YAML reads `precision: 32` as a number, and the field is text
+    text = {k: str(v) for k, v in values.items() if known[k].type == "str" and type(v) in (int, float)}
+    return kind(**{**values, **text})
 
 
 def nearest(key: str, known: Any) -> str:

@@ -32,7 +32,7 @@ def open_run(path: str | Path, config: Any, stage: str, resume: bool = False) ->
     if resume:
         if not kept.exists():
             raise MedclError("holds no run to resume", run, "Start without --resume.")
-        changed = _differences(read_config(run), {"stage": stage, **to_plain(config)})
+        changed = differences(read_config(run), {"stage": stage, **to_plain(config)})
         if changed:
             raise MedclError(
                 f"was started with another {', '.join(changed)}",
@@ -42,7 +42,7 @@ def open_run(path: str | Path, config: Any, stage: str, resume: bool = False) ->
     elif kept.exists():
         raise MedclError("already holds a run", run, "Add --resume to go on with it, or choose another --out.")
     write_config(run, stage, config)
-    _log_into(run / "log.txt")
+    follow_log(run / "log.txt")
     return run
 
 
@@ -92,7 +92,22 @@ def read_config(run: Path) -> dict[str, Any]:
     return dict(data or {})
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def stands(run: Path, config: Any, stage: str) -> bool:
+    """Whether the folder holds this very run, ended; False where it is not begun or not ended.
+
+    Raises:
+        MedclError: it holds a run with other settings.
+    """
+    if not (run / "config.yaml").exists():
+        return False
+    changed = differences(read_config(run), {"stage": stage, **to_plain(config)})
+    if changed:
+        raise MedclError(f"was run with another {', '.join(changed)}", run, "Delete it, or choose another --out.")
+    return (run / "provenance.json").exists()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Settings in which two runs differ, of those that change what is computed."""
     free = {"resume", "workers", "store", "checkpoint_every", "out"}  # none of them changes what is computed
     paths = {"source", "init", "plan"}
 
@@ -103,7 +118,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return sorted(key for key in old.keys() | new.keys() if key not in free and not same(key))
 
 
-def _log_into(path: Path) -> None:
+def follow_log(path: Path) -> None:
+    """Sends the log into this file too, and no longer into an earlier one."""
     setup_log()
     for handler in [h for h in log.handlers if isinstance(h, logging.FileHandler)]:
         log.removeHandler(handler)

@@ -30,6 +30,7 @@ def map_safely(
     workers: int | None = None,
     title: str | None = None,
     fewest: int = FEWEST,
+    chunk: int = 0,
 ) -> list[Result]:
     """`[function(task) for task in tasks]` over processes.
 
@@ -40,13 +41,14 @@ def map_safely(
         workers: processes; by default one per available core. With 1, or few tasks, everything runs in this process.
         title: shown beside a progress bar; no bar if None.
         fewest: tasks below which everything runs in this process.
+        chunk: tasks handed to a process at a time; 0 chooses. 1 for long tasks of unlike length.
     """
     workers = min(workers or available_cores(), len(tasks))
     with _Bar(title, len(tasks)) as bar:
         if workers <= 1 or len(tasks) < fewest:
             return [bar.step(function(task)) for task in tasks]
         results = list(failed)
-        size = max(1, min(64, len(tasks) // (4 * workers)))
+        size = chunk or max(1, min(64, len(tasks) // (4 * workers)))
         chunks = [range(start, min(start + size, len(tasks))) for start in range(0, len(tasks), size)]
         left = _run(function, tasks, chunks, results, workers, bar)
         while left:

@@ -150,6 +150,8 @@ def choose_plan(manifest: Manifest, config: FinetuneConfig, contract: Contract |
     """
     if config.plan or contract is None:
         plan = plan_for(manifest, config.plan, device=device, n4=config.n4)
+        if 2 in (config.spatial_dims, contract.backbone.spatial_dims if contract else 3):
+            plan = plan.slicewise()
         if contract and plan.preparation() != contract.plan.preparation():
             raise MedclError(
                 "prepares volumes otherwise than the pretrained network has seen them", config.plan,
@@ -201,6 +203,7 @@ def choose_backbone(config: FinetuneConfig, contract: Contract | None, plan: Pla
         name=config.backbone or kept.name,
         width=config.width or kept.width,
         norm=config.norm or kept.norm,
+        spatial_dims=config.spatial_dims or kept.spatial_dims,
         strides=plan.strides,
         out_channels=classes,
     )

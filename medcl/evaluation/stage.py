@@ -46,16 +46,20 @@ def _evaluate_run(run: Path, config: EvaluateConfig) -> dict[str, Any]:
     manifest = (
         load_source(config.reference, config.channel) if config.reference else Manifest.load(run / "manifest.json")
     )
+    if config.subjects not in ("test", "val"):
+        raise MedclError(f"unknown subjects {config.subjects!r}", "--subjects", "Use test or val.")
     split = Split.load(run / "split.json")
-    cases = cases_of(manifest, split.test, labelled=True)
+    subjects = getattr(split, config.subjects)
+    cases = cases_of(manifest, subjects, labelled=True)
     if not cases:
         raise MedclError(
-            "has no labelled test subject", run, "Give --reference a folder with labels, or fine-tune on more subjects."
-        )
-    out = Path(config.out) if config.out else run / "test"
-    log.info("%s: %d test volumes of %d subjects.", run, len(cases), len(split.test))
+            f"has no labelled {config.subjects} subject", run,
+            "Give --reference a folder with labels, or fine-tune on more subjects.",
+        )  # fmt: skip
+    out = Path(config.out) if config.out else run / config.subjects
+    log.info("%s: %d %s volumes of %d subjects.", run, len(cases), config.subjects, len(subjects))
     predict_cases(Predictor(run, str(trained["accelerator"]), str(trained["precision"])), manifest, cases, out)
-    return score_folder(out, manifest.with_cases(cases), out, subjects=split.test, tolerance_mm=config.tolerance)
+    return score_folder(out, manifest.with_cases(cases), out, subjects=subjects, tolerance_mm=config.tolerance)
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:

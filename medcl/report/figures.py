@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart by the colour-blind and in greyscale.
 BLUE, SKY, ORANGE, GREY = "#0072b2", "#56b4e9", "#e69f00", "#5a6572"
+GREEN, RED, PURPLE = "#009e73", "#d55e00", "#cc79a7"
 Floats = NDArray[np.float64]
 Series = tuple[Floats, Floats]
 _MOST_POINTS = 600
@@ -107,7 +108,7 @@ def curve(
     if len(named) > 1 or lines:
         axes.legend(fontsize=7, frameon=False)
     axes.set_xlabel("step", fontsize=8)
-    _plain(axes, label)
+    plain(axes, label)
     return to_uri(figure)
 
 
@@ -129,10 +130,10 @@ def score_strips(rows: Sequence[Mapping[str, Any]], metric: str = "dice") -> str
         axes.scatter(values, i + jitter.uniform(-0.18, 0.18, len(values)), s=14, color=BLUE, alpha=0.45, linewidth=0)
         if len(values):
             axes.plot([np.median(values)] * 2, [i - 0.32, i + 0.32], color="black", linewidth=1.5)
-    axes.set_yticks(range(len(names)), [_literal(name) for name in names])
+    axes.set_yticks(range(len(names)), [literal(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(f"{measure.title} ({measure.unit})", fontsize=8)
-    _plain(axes)
+    plain(axes)
     return to_uri(figure)
 
 
@@ -149,19 +150,19 @@ def difference_plot(result: Mapping[str, Any], metric: str = "dice") -> str:
         )
         axes.plot([low, high], [i, i], color=BLUE, linewidth=3.5 if i == 0 else 2, solid_capstyle="butt")
         axes.plot([estimate], [i], "o", color=BLUE, markersize=8 if i == 0 else 6, markeredgecolor="white")
-    axes.set_yticks(range(len(entries)), [_literal(name) for name, _ in entries])
+    axes.set_yticks(range(len(entries)), [literal(name) for name, _ in entries])
     axes.get_yticklabels()[0].set_fontweight("bold")
     axes.set_ylim(len(entries) - 0.5, -0.5)
-    first, second = map(_literal, result["names"])
+    first, second = map(literal, result["names"])
     better = "right" if measure.higher_is_better else "left"
     axes.set_xlabel(f"{first} minus {second} ({measure.of}); {better} of the line, {first} is ahead", fontsize=8)
-    _plain(axes)
+    plain(axes)
     return to_uri(figure)
 
 
 def subject_scatter(result: Mapping[str, Any]) -> str:
     """Each test subject in both arms; above the diagonal the first arm is ahead."""
-    measure, (first, second) = MEASURES["dice"], map(_literal, result["names"])
+    measure, (first, second) = MEASURES["dice"], map(literal, result["names"])
     points = np.array([[row["second"], row["first"]] for row in result["subjects"]]).reshape(-1, 2) * measure.scale
     figure = new_figure(3.6, 3.5)
     axes = figure.add_subplot()
@@ -174,7 +175,7 @@ def subject_scatter(result: Mapping[str, Any]) -> str:
         axes.set(xlim=ends, ylim=ends, aspect="equal")
     axes.set_xlabel(f"{second}, Dice (%)", fontsize=8)
     axes.set_ylabel(f"{first}, Dice (%)", fontsize=8)
-    _plain(axes, "a dot per test subject, mean over draws")
+    plain(axes, "a dot per test subject, mean over draws")
     return to_uri(figure)
 
 
@@ -188,11 +189,11 @@ def subject_differences(result: Mapping[str, Any]) -> str:
     axes.set_xlabel("test subjects, by difference", fontsize=8)
     axes.set_ylabel("Dice points", fontsize=8)
     gained = int(np.count_nonzero(values > 0))
-    _plain(axes, _literal(f"{result['names'][0]} is better in {gained} of {len(values)}"))
+    plain(axes, literal(f"{result['names'][0]} is better in {gained} of {len(values)}"))
     return to_uri(figure)
 
 
-def _plain(axes: Axes, title: str = "") -> None:
+def plain(axes: Axes, title: str = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(labelsize=8, color=GREY)
@@ -202,7 +203,7 @@ def _plain(axes: Axes, title: str = "") -> None:
         axes.set_title(title, fontsize=9, loc="left")
 
 
-def _literal(text: Any) -> str:
+def literal(text: Any) -> str:
     """Text that matplotlib must not read as mathematics."""
     return str(text).replace("$", r"\$")
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from medcl.data.case import Case, Manifest
 from medcl.data.io import read_volume, to_canonical
 from medcl.errors import MedclError
-from medcl.report.figures import ORANGE, SKY, _literal, new_figure, to_uri
+from medcl.report.figures import ORANGE, SKY, literal, new_figure, to_uri
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +81,7 @@ def draw_overlay(overlay: Overlay, titles: Mapping[str, str]) -> str:
     rows = figure.subfigures(n, 1, squeeze=False)[:, 0]
     window = _window(overlay.image)
     for row, (name, prediction) in zip(rows, overlay.predictions.items(), strict=True):
-        row.suptitle(_literal(titles.get(name, name)), fontsize=9, x=0.012, ha="left")
+        row.suptitle(literal(titles.get(name, name)), fontsize=9, x=0.012, ha="left")
         panels: Sequence[Axes] = row.subplots(1, 3, width_ratios=ratios)
         for i, (axes, (plane, axis, letters)) in enumerate(zip(panels, PLANES, strict=True)):
             across, up = (overlay.spacing[other] for other in range(3) if other != axis)

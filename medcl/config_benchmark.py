@@ -1,0 +1,59 @@
+"""The dataclass of `medcl benchmark`: see `medcl.config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Does pretraining help? Arms at several numbers of labelled subjects, paired draw by draw, with intervals.
+
+    Args:
+        source: folder of labelled scans, or a manifest written by `medcl scan`.
+        out: folder to write; what is there already is kept, and only what is missing is run.
+        arms: what to compare, by name. `pretrain` of an arm holds options of `medcl pretrain` (`config: FILE` reads
+            them from a recipe first), or the name of the arm whose encoder it shares; an arm without it starts from
+            random weights. `finetune` holds what this arm alone does in fine-tuning.
+        labels: numbers of labelled subjects; `all` takes every one of the training subjects.
+        draws: draws of labelled subjects at each number; the draws of the numbers are nested.
+        baseline: the arm that the others are compared with.
+        pretrain: options of `medcl pretrain` that every arm shares.
+        finetune: options of `medcl finetune` that every arm shares: the schedule, the network.
+        by_labels: further options of fine-tuning at one number of labels, such as a longer schedule with `all`; every
+            arm shares them.
+        subjects: whom to score: `test`, or `val` while recipes are being chosen.
+        plan: a plan.json to prepare by; by default one is derived from the scans.
+        test_fraction: share of labelled subjects held out for test.
+        val_fraction: share of labelled subjects held out for validation.
+        split_seed: seed of the split into training, validation and test subjects.
+        parallel: trainings at a time; 0 takes one a core on a CPU, and four a device on a GPU.
+        accelerator: auto, cpu or gpu.
+        store: folder for prepared volumes; by default `$MEDCL_STORE`, or `~/.cache/medcl`.
+        channel: which channel of 4D files to take.
+    """
+
+    source: str
+    out: str
+    arms: dict[str, Any] = field(default_factory=dict)
+    labels: list[Any] = field(default_factory=lambda: ["1", "2", "4", "8", "all"])
+    draws: int = 3
+    baseline: str = "scratch"
+    pretrain: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
+    by_labels: dict[str, Any] = field(default_factory=dict)
+    subjects: str = "test"
+    plan: str = ""
+    test_fraction: float = 0.25
+    val_fraction: float = 0.1
+    split_seed: int = 0
+    parallel: int = 0
+    accelerator: str = "auto"
+    store: str = ""
+    channel: int | None = None
+
+    def __post_init__(self) -> None:
+        # YAML reads 2 as a number; a number of labels is a name here, as `all` is
+        object.__setattr__(self, "labels", [str(labels) for labels in self.labels])
+        object.__setattr__(self, "by_labels", {str(labels): options for labels, options in self.by_labels.items()})

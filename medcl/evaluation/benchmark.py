@@ -1,0 +1,162 @@
+"""The stage `benchmark`: runs the grid, whatever of it is missing, and sums it up.
+
+Encoders and fine-tunings run in processes of their own, several at a time: small networks leave most of a device idle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from medcl.config import BenchmarkConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
+from medcl.data.plan import Plan
+from medcl.data.pool import available_cores, map_safely
+from medcl.data.stage import describe, load_source, plan_for, prepare_all, tell_problems
+from medcl.errors import MedclError
+from medcl.evaluation.efficiency import rows_by_key, summarise, write_summary
+from medcl.evaluation.grid import make_grid
+from medcl.run import follow_log, log, setup_log, stands, write_config, write_provenance
+from medcl.training import choose_accelerator, hours
+
+ON_A_GPU = 4  # trainings at a time
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A training to be done in a process: a pretraining, or a fine-tuning with its evaluation."""
+
+    config: PretrainConfig | FinetuneConfig
+    subjects: str
+    threads: int
+
+
+def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
+    """Runs what is missing of the grid and sums it up.
+
+    Returns:
+        What benchmark.json holds.
+
+    Raises:
+        MedclError: the grid is no fair comparison, or a training in it failed; what was done is kept.
+    """
+    began = time.monotonic()
+    setup_log()
+    make_grid(config)  # refuses before anything is read
+    out = Path(config.out)
+    write_config(out, "benchmark", config)
+    follow_log(out / "log.txt")
+    accelerator = choose_accelerator(config.accelerator)
+    at_once = config.parallel or (ON_A_GPU if accelerator == "gpu" else available_cores())
+    grid = make_grid(replace(config, source=_manifest(config), plan=_plan(config, accelerator)))
+    threads = max(1, available_cores() // at_once)
+
+    # scratch arms need no encoder, so they fill the cores while encoders are trained
+    first: list[PretrainConfig | FinetuneConfig] = []
+    second: list[PretrainConfig | FinetuneConfig] = []
+    encoders = {recipe.out for recipe in grid.encoders.values()}
+    for cell in grid.cells:
+        (second if cell.config.init in encoders else first).append(cell.config)
+    log.info("%d encoders and %d fine-tunings, %d at a time.", len(grid.encoders), len(grid.cells), at_once)
+    problems = []
+    for configs in ([*grid.encoders.values(), *first], second):
+        tasks = [_Task(each, config.subjects, threads) for each in configs]
+        problems += _run(tasks, at_once)
+    if problems:
+        raise MedclError(
+            f"{len(problems)} of {len(grid.encoders) + len(grid.cells)} trainings failed: {problems[0]}", out,
+            "Mend that and run the same command again: what is done is kept.",
+        )  # fmt: skip
+    result = summarise(config, grid)
+    write_summary(out, result, rows_by_key(config, grid))
+    write_provenance(out, began, accelerator=accelerator)
+    log.info("Benchmark in %s after %s.", out, hours(time.monotonic() - began))
+    return result
+
+
+def _manifest(config: BenchmarkConfig) -> str:
+    """Path of the manifest every stage takes: the folder is looked through once."""
+    path = Path(config.out) / "manifest.json"
+    if not path.exists():
+        manifest = load_source(config.source, config.channel)
+        log.info("%s: %s.", config.source, describe(manifest))
+        tell_problems(manifest)
+        manifest.save(path)
+    return str(path)
+
+
+def _plan(config: BenchmarkConfig, accelerator: str) -> str:
+    """Path of the plan every stage takes; volumes are prepared by it, so that no two processes do it at a time."""
+    path = Path(config.out) / "plan.json"
+    manifest = load_source(_manifest(config))
+    if not path.exists():
+        plan_for(manifest, config.plan, device=accelerator).save(path)
+    plan = Plan.load(path)
+    if config.plan and replace(Plan.load(config.plan), labels=plan.labels) != plan:
+        raise MedclError("differs from the plan of what was already run", config.plan, "Choose another --out.")
+    prepare_all(manifest, plan, config.store)
+    return str(path)
+
+
+def _run(tasks: Sequence[_Task], at_once: int) -> list[str]:
+    """Runs tasks, several at a time; returns what went wrong, a line each."""
+    waiting = [task for task in tasks if not _done(task)]
+    if not waiting:
+        return []
+    died = [f"{task.config.out}: its process died (out of memory?)" for task in waiting]
+    threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS",)}
+    os.environ["OMP_NUM_THREADS"] = str(waiting[0].threads)  # read by the processes when they load torch
+    try:
+        return [line for line in map_safely(_train, waiting, died, at_once, fewest=2, chunk=1) if line]
+    finally:
+        for name, value in threads.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _done(task: _Task) -> bool:
+    run = Path(task.config.out)
+    if isinstance(task.config, PretrainConfig):
+        return stands(run, task.config, "pretrain")
+    return stands(run, task.config, "finetune") and (run / task.subjects / "evaluation.json").exists()
+
+
+def _train(task: _Task) -> str:
+    """One training, its output in the run's own log; returns what went wrong, if anything."""
+    run, began = Path(task.config.out), time.monotonic()
+    name = run.name
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            told = _steps(task, run)
+    except MedclError as error:
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        return str(error)
+    print(f"{name}: {told} after {hours(time.monotonic() - began)}", file=sys.stderr, flush=True)
+    return ""
+
+
+def _steps(task: _Task, run: Path) -> str:
+    from medcl.downstream.stage import finetune
+    from medcl.evaluation.stage import evaluate
+    from medcl.files import read_json
+    from medcl.pretext.stage import pretrain
+
+    stage: Callable[[Any], Path] = pretrain if isinstance(task.config, PretrainConfig) else finetune
+    name = "pretrain" if isinstance(task.config, PretrainConfig) else "finetune"
+    if not stands(run, task.config, name):
+        stage(replace(task.config, resume=(run / "config.yaml").exists()))
+    if isinstance(task.config, PretrainConfig):
+        return "encoder trained"
+    result = evaluate(EvaluateConfig(str(run), subjects=task.subjects))
+    dice = result["mean"]["dice"]["estimate"]
+    if task.subjects == "val":
+        return f"validation Dice {100 * dice:.1f}"
+    best = read_json(run / "provenance.json").get("val_dice")
+    return "scored" if best is None else f"validation Dice {100 * best:.1f}, test subjects scored"

@@ -1,0 +1,169 @@
+"""The benchmark: a fair grid, what is done is not done again, and sums that a loop over subjects gives too."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_runs import make_data, make_run
+
+import medcl
+from medcl.cli import main
+from medcl.config import BenchmarkConfig
+from medcl.errors import MedclError
+from medcl.evaluation.efficiency import rows_by_key, summarise, table
+from medcl.evaluation.grid import make_grid
+from medcl.files import read_json
+from medcl.report.benchmark import write_benchmark_report
+
+VOCO = {"task": "voco", "options": {"hidden": 16, "embedding": 8, "crops": 2}}
+ARMS = {"scratch": {}, "voco": {"pretrain": VOCO}, "slow": {"pretrain": "voco", "finetune": {"pretrained_lr": 0.1}}}
+
+
+def config_of(out="out", **more) -> BenchmarkConfig:
+    return BenchmarkConfig("scans", str(out), **{"arms": ARMS, "labels": [1, 2], "draws": 2, **more})
+
+
+def test_arms_share_draws_and_schedule_and_differ_in_their_start_only():
+    grid = make_grid(config_of(finetune={"steps": 7, "precision": 32}, by_labels={2: {"steps": 9}}))
+    assert list(grid.encoders) == ["voco"] and len(grid.cells) == 3 * 2 * 2
+    for labels, steps in (("1", 7), ("2", 9)):
+        for draw in range(2):
+            arms = {c.arm: c.config for c in grid.cells if (c.labels, c.draw) == (labels, draw)}
+            assert arms["scratch"].init == "none" and arms["scratch"].steps == steps
+            assert arms["voco"].init == arms["slow"].init == grid.encoders["voco"].out
+            assert replace(arms["voco"], init="none", out="") == replace(arms["scratch"], out="")
+            assert arms["slow"].pretrained_lr == 0.1 and arms["scratch"].precision == "32"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"arms": {}}, "no arms"),
+        ({"baseline": "scrach"}, "Did you mean 'scratch'"),
+        ({"arms": {"scratch": {"finetune": {"steps": 900}}}}, "same for every arm"),
+        ({"arms": {"scratch": {"augment": "none"}}}, "unknown key 'augment'"),
+        ({"arms": {"scratch": {}, "b": {"pretrain": "voc0"}}}, "no arm with a pretraining"),
+        ({"arms": {"scratch": {}, "b": {"pretrain": {"taks": "voco"}}}}, "Did you mean 'task'"),
+        ({"arms": {"scratch": {}, "../b": {}}}, "name of a folder"),
+        ({"finetune": {"draw": 3}}, "set by the benchmark"),
+        ({"by_labels": {4: {"steps": 3}}}, "not among the labels"),
+        ({"subjects": "train"}, "unknown subjects"),
+        ({"draws": 0}, "nothing to run"),
+    ],
+)
+def test_what_is_no_comparison_is_refused_in_one_line(options, said):
+    with pytest.raises(MedclError, match=said):
+        make_grid(config_of(**options))
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """A benchmark whose runs are made up: `voco` is better than scratch, `slow` as good as it."""
+    manifest = make_data(tmp_path / "data", subjects=tuple("abcdefgh"), frames=2)
+    config = config_of(tmp_path / "out", labels=["1", "all"])
+    grid = make_grid(config)
+    good = {"scratch": 0.3, "voco": 0.8, "slow": 0.3}
+    for number, cell in enumerate(grid.cells):
+        seed = number if cell.arm != "slow" else 100 + number
+        make_run(Path(cell.config.out), manifest, draw=cell.draw, labels=cell.labels, good=good[cell.arm], seed=seed)
+    return config, grid
+
+
+def test_the_sums_are_those_of_a_loop_over_draws_and_subjects(scored):
+    config, grid = scored
+    result = summarise(config, grid)
+    for entry in result["entries"]:
+        values: dict[str, list[float]] = {}
+        for draw in range(config.draws):
+            by_arm = {}
+            for arm in (entry["arm"], "scratch"):
+                run = Path(config.out) / "runs" / f"{arm}-{entry['labels']}-{draw}"
+                with open(run / "test" / "evaluation.csv") as stream:
+                    by_arm[arm] = [(row["subject"], float(row["dice"])) for row in csv.DictReader(stream)]
+            for subject in "abcdefgh":
+                mean = {arm: np.mean([d for s, d in rows if s == subject]) for arm, rows in by_arm.items()}
+                values.setdefault("own", []).append(mean[entry["arm"]])
+                values.setdefault("gap", []).append(mean[entry["arm"]] - mean["scratch"])
+        assert entry["dice"]["estimate"] == pytest.approx(np.mean(values["own"]))
+        if entry["arm"] != "scratch":
+            assert entry["difference"]["estimate"] == pytest.approx(np.mean(values["gap"]))
+            assert entry["p_holm"] >= entry["difference"]["p"]
+        scratch = next(e for e in result["entries"] if (e["arm"], e["labels"]) == ("scratch", "all"))
+        assert entry["share_of_all"] == pytest.approx(entry["dice"]["estimate"] / scratch["dice"]["estimate"])
+
+
+def test_a_planted_difference_is_found_and_none_is_invented(scored):
+    result = summarise(*scored)
+    verdicts = {(e["arm"], e["labels"]): e["verdict"] for e in result["entries"] if "verdict" in e}
+    assert verdicts["voco", "1"] == verdicts["voco", "all"] == "ahead"
+    assert verdicts["slow", "1"] == verdicts["slow", "all"] == "undecided"
+    told = next(line for line in result["sentences"] if line.startswith("voco at 1 label:"))
+    assert "2 draws x 8 subjects: ahead of scratch" in told
+
+
+def test_one_draw_is_too_few_to_say(scored):
+    one = replace(scored[0], draws=1)
+    result = summarise(one, make_grid(one))
+    assert {e["verdict"] for e in result["entries"] if "verdict" in e} == {"few draws"}
+
+
+def test_a_row_for_every_subject_class_arm_number_and_draw(scored):
+    config, grid = scored
+    rows = rows_by_key(config, grid)
+    assert len(rows) == 3 * 2 * 2 and all(len(of_cell) == 8 * 2 * 2 for _, of_cell in rows)
+
+
+def test_the_page_shows_the_table_and_both_figures(scored):
+    config, grid = scored
+    out = Path(config.out)
+    (out / "config.yaml").write_text(json.dumps({"arms": ARMS, "finetune": {}, "by_labels": {}, "pretrain": {}}))
+    result = summarise(config, grid)
+    page = write_benchmark_report(out, result).read_text()
+    assert page.count("<img") == 3 and all(line[2].split()[0] in page for line in table(result)[1])
+
+
+def test_a_benchmark_by_one_command_goes_on_where_it_stopped(tmp_path, phantoms, capsys):
+    recipe = tmp_path / "bench.yaml"
+    text = """
+    arms: {scratch: {}, voco: {pretrain: {task: voco, options: {hidden: 16, embedding: 8, crops: 2}}}}
+    labels: [1, 2]
+    draws: 2
+    pretrain: {steps: 3, batch_size: 2, width: 4}
+    finetune: {steps: 2, batch_size: 2, width: 4}
+    parallel: 1
+    """
+    recipe.write_text(text.replace("    ", "", 0))
+    call = ["benchmark", str(recipe), str(phantoms), "--out", str(tmp_path / "out")]
+    assert main(call) == 0
+    first = read_json(tmp_path / "out" / "benchmark.json")
+    assert len(first["entries"]) == 4 and "Dice points" in capsys.readouterr().out
+    runs = sorted((tmp_path / "out" / "runs").iterdir())
+    assert len(runs) == 8
+    split = {run.name: read_json(run / "split.json") for run in runs}
+    for labels in "12":
+        for draw in "01":
+            assert split[f"scratch-{labels}-{draw}"] == split[f"voco-{labels}-{draw}"]
+    assert set(split["voco-1-0"]["labelled"]) < set(split["voco-2-0"]["labelled"])
+    pretrained = set(read_json(tmp_path / "out" / "encoders" / "voco" / "weights" / "contract.json")["subjects"])
+    assert not pretrained & {*split["voco-1-0"]["test"], *split["voco-1-0"]["val"]}
+
+    times = {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*") if path.is_file()}
+    lost = tmp_path / "out" / "runs" / "voco-2-1" / "test" / "evaluation.json"
+    lost.unlink()
+    assert main(call) == 0
+    after = {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*") if path.is_file()}
+    changed = {path for path in times if after.get(path) != times[path]}
+    assert lost in changed and all(path.parent == lost.parent or path.name == "log.txt" for path in changed)
+    assert read_json(tmp_path / "out" / "benchmark.json")["entries"] == first["entries"]
+
+    recipe.write_text(text.replace("steps: 2,", "steps: 4,"))
+    assert main(call) == 2 and "was run with another steps" in capsys.readouterr().err
+
+
+def test_it_can_be_called_from_python():
+    assert medcl.benchmark.__name__ == "benchmark" and medcl.BenchmarkConfig is BenchmarkConfig
