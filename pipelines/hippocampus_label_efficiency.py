@@ -1,0 +1,40 @@
+"""Label efficiency on the Decathlon's hippocampus: pretraining against scratch at 1, 2, 4, 8 and all labelled subjects.
+
+    python pipelines/hippocampus_label_efficiency.py Task04_Hippocampus [--out runs/hippocampus] [--on val]
+
+Pretraining sees the images of the training subjects only; all arms get the same draws, augmentation, schedule and
+selection. `--on val` scores the validation subjects, for choosing recipes; test subjects are scored without it. What is
+done is kept: run it again after a kill, or with more arms in the config.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import medcl
+from medcl import BenchmarkConfig
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "benchmark_hippocampus.yaml"
+
+
+def main(scans: str, out: str, on: str) -> None:
+    import yaml
+
+    from medcl.evaluation.efficiency import print_benchmark
+    from medcl.report.benchmark import write_benchmark_report
+
+    config = BenchmarkConfig(scans, out, **yaml.safe_load(CONFIG.read_text()))
+    result = medcl.benchmark(replace(config, subjects=on))
+    print_benchmark(result)
+    print(f"Report: {write_benchmark_report(Path(out), result)}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scans", help="folder with dataset.json")
+    parser.add_argument("--out", default="runs/hippocampus")
+    parser.add_argument("--on", choices=("test", "val"), default="test", help="whom to score")
+    args = parser.parse_args()
+    main(args.scans, args.out, args.on)
