@@ -32,7 +32,7 @@ def open_run(path: str | Path, config: Any, stage: str, resume: bool = False) ->
     if resume:
         if not kept.exists():
             raise MedclError("holds no run to resume", run, "Start without --resume.")
-        changed = differences(read_config(run), {"stage": stage, **to_plain(config)})
+        changed = changes(run, config, stage)
         if changed:
             raise MedclError(
                 f"was started with another {', '.join(changed)}",
@@ -100,14 +100,21 @@ def stands(run: Path, config: Any, stage: str) -> bool:
     """
     if not (run / "config.yaml").exists():
         return False
-    changed = differences(read_config(run), {"stage": stage, **to_plain(config)})
+    changed = changes(run, config, stage)
     if changed:
         raise MedclError(f"was run with another {', '.join(changed)}", run, "Delete it, or choose another --out.")
     return (run / "provenance.json").exists()
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Settings in which two runs differ, of those that change what is computed."""
+def changes(run: Path, config: Any, stage: str) -> list[str]:
+    """Settings in which a run differs from this config, of those that change what is computed.
+
+    A setting that the version which made the run did not know yet counts as its default.
+    """
+    made = ((f.name, f.default if f.default_factory is dataclasses.MISSING else f.default_factory())
+            for f in dataclasses.fields(config))  # fmt: skip
+    defaults = {name: value for name, value in made if value is not dataclasses.MISSING}
+    old, new = {**defaults, **read_config(run)}, {"stage": stage, **to_plain(config)}
     free = {"resume", "workers", "store", "checkpoint_every", "out"}  # none of them changes what is computed
     paths = {"source", "init", "plan"}
 

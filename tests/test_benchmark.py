@@ -13,12 +13,13 @@ from fake_runs import make_data, make_run
 
 import medcl
 from medcl.cli import main
-from medcl.config import BenchmarkConfig
+from medcl.config import BenchmarkConfig, FinetuneConfig
 from medcl.errors import MedclError
 from medcl.evaluation.efficiency import rows_by_key, summarise, table
 from medcl.evaluation.grid import make_grid
 from medcl.files import read_json
 from medcl.report.benchmark import write_benchmark_report
+from medcl.run import changes, write_config
 
 VOCO = {"task": "voco", "options": {"hidden": 16, "embedding": 8, "crops": 2}}
 ARMS = {"scratch": {}, "voco": {"pretrain": VOCO}, "slow": {"pretrain": "voco", "finetune": {"pretrained_lr": 0.1}}}
@@ -163,6 +164,15 @@ def test_a_benchmark_by_one_command_goes_on_where_it_stopped(tmp_path, phantoms,
 
     recipe.write_text(text.replace("steps: 2,", "steps: 4,"))
     assert main(call) == 2 and "was run with another steps" in capsys.readouterr().err
+
+
+def test_a_run_of_an_older_version_stands_where_new_settings_are_at_their_defaults(tmp_path):
+    config = FinetuneConfig("scans", str(tmp_path))
+    write_config(tmp_path, "finetune", config)
+    old = "".join(line for line in (tmp_path / "config.yaml").open() if not line.startswith("pretrained_lr"))
+    (tmp_path / "config.yaml").write_text(old)
+    assert changes(tmp_path, config, "finetune") == []
+    assert changes(tmp_path, replace(config, pretrained_lr=0.5), "finetune") == ["pretrained_lr"]
 
 
 def test_it_can_be_called_from_python():
