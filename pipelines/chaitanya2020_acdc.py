@@ -3,7 +3,7 @@
     python pipelines/chaitanya2020_acdc.py ACDC [--out runs/acdc] [--spacing 1.367] [--on val]
 
 ACDC is the folder with `training/patientNNN`. As in the paper: the end-diastolic volume of every patient, a 2D network
-over axial slices at 1.367 mm, a split by patient with the paper's 20 test patients (those that are there, filled up to 20
+over axial slices at 1.367 mm, a split by patient with the paper's 20 test patients (those there, filled up to 20
 with others drawn by a seed), pretraining on the images of the training patients alone, and Dice at the original
 resolution. Not as in the paper: the schedule, the augmentation and the number of validation patients are those of
 configs/benchmark_acdc.yaml; every arm has the same. A coarser --spacing is the reduced protocol for a CPU.
