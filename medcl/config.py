@@ -161,6 +161,10 @@ class FinetuneConfig:
         lr: peak learning rate.
         pretrained_lr: learning rate of the weights taken from `init`, as a share of `lr`.
         frozen: share of the steps in which the weights taken from `init` stay as they are.
+        semi: how to learn from the images of training subjects whose labels are not used: none, mean_teacher or
+            self_training. The teacher is then what is validated and kept.
+        semi_options: options of that method, such as `--semi_options.weight 2`.
+        mix: mix the patches of a step: none, mixup or cutmix. With `semi`, CutMix goes between labelled and unlabelled.
         weight_decay: AdamW weight decay.
         warmup: share of the steps over which the learning rate rises linearly.
         augment: strong, or none.
@@ -195,6 +199,9 @@ class FinetuneConfig:
     lr: float = 2e-3
     pretrained_lr: float = 1.0
     frozen: float = 0.0
+    semi: str = "none"
+    semi_options: dict[str, Any] = field(default_factory=dict)
+    mix: str = "none"
     weight_decay: float = 0.01
     warmup: float = 0.05
     augment: str = "strong"

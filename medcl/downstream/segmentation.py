@@ -10,20 +10,25 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceCELoss
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 
 from medcl.config import FinetuneConfig
 from medcl.data.crops import CropDataset, StepBatches, crop_loader
 from medcl.data.store import open_volume
+from medcl.downstream.semi.base import SemiMethod
+from medcl.downstream.semi.rows import Rows
+from medcl.losses.segmentation import dice_ce, shares
 from medcl.networks.backbones import Backbone
 from medcl.training import adamw, autocast
 from medcl.transforms.compose import Compose
 
+Batch = dict[str, dict[str, Tensor]]
+
 
 class SegmentationModule(pl.LightningModule):
-    """Dice and cross-entropy on augmented patches.
+    """Dice and cross-entropy on augmented patches, and what a semi-supervised method makes of unlabelled ones.
 
     Args:
         backbone: network with one output channel a class, background first.
@@ -33,6 +38,8 @@ class SegmentationModule(pl.LightningModule):
         label_values: label value of every output channel but the first.
         spacing: mm per voxel of the patches, so that rotations are rigid in mm.
         given: parameters that come from a pretraining.
+        semi: the method, or None.
+        unlabelled: patches for it.
     """
 
     def __init__(
@@ -44,42 +51,84 @@ class SegmentationModule(pl.LightningModule):
         label_values: Sequence[int],
         spacing: Sequence[float],
         given: Collection[torch.nn.Parameter] = (),
+        semi: SemiMethod | None = None,
+        unlabelled: CropDataset | None = None,
     ):
         super().__init__()
         self._given = tuple(given)
         self.backbone, self.dataset, self.config = backbone, dataset, config
         self.augmentation, self.spacing = augmentation, tuple(spacing)
+        self.semi, self.unlabelled = semi, unlabelled
         self.last_dice: float | None = None
         self.register_buffer("channel_of", channel_table(label_values), persistent=False)
-        # the Dice of a class is taken over the whole batch: single patches often lack small structures
-        self.criterion = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+
+    @property
+    def kept(self) -> Backbone:
+        """The network that is validated and saved: the teacher where there is one."""
+        return self.semi.teacher.module if self.semi else self.backbone  # type: ignore[return-value]
 
     def train_dataloader(self) -> Any:
-        config = self.config
-        batches = StepBatches(
-            config.batch_size, self.trainer.global_step, config.steps, self.global_rank, self.trainer.world_size
-        )
-        return crop_loader(self.dataset, batches, config.workers, pin=self.device.type == "cuda")
+        sets = {"labelled": (self.dataset, self.config.batch_size)}
+        if self.semi:
+            assert self.unlabelled is not None
+            sets["unlabelled"] = (self.unlabelled, self.semi.patches(self.config.batch_size))
+        return CombinedLoader({name: self._loader(*pair) for name, pair in sets.items()}, "min_size")
 
-    def transfer_batch_to_device(self, batch: dict[str, Tensor], device: torch.device, index: int) -> dict[str, Tensor]:
-        return {k: v if k == "seed" else v.to(device, non_blocking=True) for k, v in batch.items()}
+    def _loader(self, dataset: CropDataset, size: int) -> Any:
+        trainer, config = self.trainer, self.config
+        batches = StepBatches(size, trainer.global_step, config.steps, self.global_rank, trainer.world_size)
+        return crop_loader(dataset, batches, config.workers, pin=self.device.type == "cuda")
 
-    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, index: int) -> Batch:
+        # seeds stay on the CPU: augmentation draws its parameters there
+        return {
+            part: {k: v if k == "seed" else v.to(device, non_blocking=True) for k, v in tensors.items()}
+            for part, tensors in batch.items()
+        }
+
+    @torch.no_grad()
+    def labelled_rows(self, batch: dict[str, Tensor]) -> Rows:
+        """Labelled patches as the network is to see them."""
         image, label = batch["image"], self.channel_of[batch["label"].long()]  # type: ignore[index]
         if self.augmentation is not None:
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            with torch.autocast(self.device.type, enabled=False):
                 image, label = self.augmentation(image, batch["seed"], label, spacing=self.spacing)
-        logits = self.backbone(image)
-        with torch.autocast(self.device.type, enabled=False):
-            loss = self.criterion(logits.float(), label)
+        target = shares(label, self.backbone.spec.out_channels)
+        return Rows(image, target, torch.ones_like(target[:, :1]), batch["seed"], len(image))
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        rows = self.labelled_rows(batch["labelled"])
+        n = rows.labelled
+        weight = self.semi.weight(self.trainer.global_step / self.config.steps) if self.semi else None
+        if self.semi and weight is not None:
+            assert self.augmentation is not None
+            more = batch["unlabelled"]
+            rows = rows.with_unlabelled(self.semi.rows(more["image"], more["seed"], self.augmentation, self.spacing))
+        if self.config.mix != "none":
+            rows = rows.mix(self.config.mix)
+        if self.semi and weight is not None and self.semi.reads_features:
+            logits, features = self.backbone.forward_with_features(rows.image)
+        else:
+            logits, features = self.backbone(rows.image), None
+        loss = dice_ce(logits[:n], rows.target[:n], rows.weight[:n])
+        told = {}
+        if self.semi and weight is not None:
+            told = self.semi.loss(logits, features, rows)
+            loss = loss + weight * told.pop("loss")
         rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        self.log_dict({"loss": loss.detach(), "lr": rate}, batch_size=len(image))
+        self.log_dict({"loss": loss.detach(), "lr": rate, **{k: v.detach() for k, v in told.items()}}, batch_size=n)
         return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # here and not in `on_train_batch_end`, which runs after the callbacks: a checkpoint must hold the new teacher
+        if self.semi:
+            self.semi.after_step(self.backbone, self.trainer.global_step)
 
     def configure_optimizers(self) -> Any:
         config = self.config
         return adamw(
-            self.backbone, config.lr, config.weight_decay, config.steps, config.warmup,
+            self, config.lr, config.weight_decay, config.steps, config.warmup,
             self._given, config.pretrained_lr, config.frozen,
         )  # fmt: skip
 
@@ -193,7 +242,7 @@ class Validate(Callback):
         for subject, path in self.volumes:
             volume = open_volume(path)
             scores = class_scores(
-                module.backbone, volume.image(), self.patch, precision=self.precision, accelerator=self.accelerator
+                module.kept, volume.image(), self.patch, precision=self.precision, accelerator=self.accelerator
             )
             found, truth = scores.argmax(0), module.channel_of.cpu().numpy()[volume.label()]  # type: ignore[operator]
             by_subject.setdefault(subject, []).append(mean_dice(found, truth, len(scores)))

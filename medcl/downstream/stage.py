@@ -10,7 +10,7 @@ import numpy as np
 import pytorch_lightning as pl
 
 from medcl.checkpoint import Contract, load_weights, save_weights, transfer
-from medcl.config import FinetuneConfig
+from medcl.config import FinetuneConfig, nearest
 from medcl.data.case import Manifest
 from medcl.data.crops import CropDataset
 from medcl.data.plan import Plan, derive_plan, round_up
@@ -19,11 +19,14 @@ from medcl.data.splits import begun_split, cases_of, draw_labelled, make_split
 from medcl.data.stage import describe, load_source, plan_for, prepare_all, tell_problems
 from medcl.data.store import open_volume
 from medcl.downstream.segmentation import SegmentationModule, Validate
+from medcl.downstream.semi.registry import build_method
 from medcl.errors import MedclError
 from medcl.networks.backbones import Backbone, BackboneSpec, build_backbone
 from medcl.run import begun_run, log, open_run, write_provenance
 from medcl.training import choose_accelerator, choose_precision, fit, hours, resume_step, trainer_for
 from medcl.transforms.compose import StrongAugmentation, strong_augmentation
+from medcl.transforms.mixing import MIXES
+from medcl.transforms.random import mix
 
 FOREGROUND = 0.5  # share of patches that must contain a label
 
@@ -57,6 +60,10 @@ def finetune(config: FinetuneConfig) -> Path:
     pl.seed_everything(config.seed + config.draw, verbose=False)
     backbone = choose_backbone(config, contract, plan, len(values) + 1)
     taken = transfer(*pretrained, backbone, config.init) if pretrained else None
+    semi = build_method(config.semi, backbone, config.semi_options)
+    unlabelled = tuple(sorted(set(split.train) - set(split.labelled))) if semi else ()
+    if semi and not unlabelled:
+        raise MedclError("every training subject is labelled", "--semi", "Lower --labels, or add unlabelled scans.")
     seen = sorted(set(contract.subjects) & {*split.val, *split.test}) if contract else []
 
     run = open_run(config.out, config, "finetune", config.resume)
@@ -68,7 +75,7 @@ def finetune(config: FinetuneConfig) -> Path:
     if seen:
         log.warning("%d validation or test subjects were seen in pretraining, such as %s: scores may flatter.",
                     len(seen), seen[0])  # fmt: skip
-    used = cases_of(manifest, (*split.labelled, *split.val), labelled=True)
+    used = cases_of(manifest, (*split.labelled, *split.val), labelled=True) + cases_of(manifest, unlabelled)
     stored, left = prepare_all(manifest, plan, config.store, cases=used)
     plan.save(run / "plan.json")
     split.save(run / "split.json")
@@ -82,6 +89,9 @@ def finetune(config: FinetuneConfig) -> Path:
             config.source,
             "Mend them, or use another --draw.",
         )
+    images = [item for item in stored if item.case.subject in unlabelled]
+    if semi and not images:
+        raise MedclError("no unlabelled volume can be used", config.source, "Mend them, or use --semi none.")
     drawn = ", ".join(split.labelled[:8]) + (", ..." if len(split.labelled) > 8 else "")
     log.info(
         "Training on %d volumes of %d labelled subjects (draw %d: %s).",
@@ -90,6 +100,8 @@ def finetune(config: FinetuneConfig) -> Path:
         config.draw,
         drawn,
     )
+    if semi:
+        log.info("%s on %d unlabelled volumes of %d subjects.", config.semi, len(images), len(unlabelled))
     log.info("Validating on %d volumes; %d subjects are kept for test.", len(val), len(split.test))
     if not val:
         log.info("No subject is left to validate on: the last weights are kept.")
@@ -101,11 +113,13 @@ def finetune(config: FinetuneConfig) -> Path:
         flip = (0.5, 0.5, 0.5) if config.flip else (0.0, 0.0, 0.0)
         augmentation = strong_augmentation(plan.modality, plan.spacing, StrongAugmentation(flip=flip))
     given = [p for name, p in backbone.net.named_parameters() if taken and name in taken.names]
-    module = SegmentationModule(backbone, dataset, config, augmentation, values, plan.spacing, given)
-    done = contract_of(config, plan, backbone.spec, values, train)
+    # another seed than the labelled patches have: the same would augment both alike
+    more = CropDataset([item.path for item in images], patch, mix(config.seed + config.draw, 1)) if semi else None
+    module = SegmentationModule(backbone, dataset, config, augmentation, values, plan.spacing, given, semi, more)
+    done = contract_of(config, plan, backbone.spec, values, train + images)
     validate = Validate(
         val, patch, config.val_every or max(1, config.steps // 10), precision, accelerator,
-        keep=lambda step: save_weights(run, backbone, replace(done, step=step)),
+        keep=lambda step: save_weights(run, module.kept, replace(done, step=step)),
     )  # fmt: skip
     trainer = trainer_for(
         run, steps=config.steps, accelerator=accelerator, precision=precision, seed=config.seed + config.draw,
@@ -141,6 +155,14 @@ def check(config: FinetuneConfig) -> None:
         raise MedclError("negative", "--seed, --draw or --workers", "Give 0 or more.")
     if config.augment not in ("strong", "none"):
         raise MedclError(f"unknown augmentation {config.augment!r}", "--augment", "Use strong or none.")
+    if config.mix not in MIXES:
+        raise MedclError(f"unknown way to mix {config.mix!r}", "--mix", nearest(config.mix, MIXES))
+    if config.mix != "none" and config.batch_size < 2 and (config.semi == "none" or config.mix == "mixup"):
+        raise MedclError("one patch a step has no partner", "--mix", "Raise --batch_size, or use --mix none.")
+    if config.semi != "none" and config.augment == "none":
+        raise MedclError(
+            "without augmentation the student sees what the teacher sees", "--semi", "Use --augment strong."
+        )
 
 
 def choose_plan(manifest: Manifest, config: FinetuneConfig, contract: Contract | None, device: str) -> Plan:
@@ -219,7 +241,7 @@ def contract_of(
         plan=plan,
         trained=("encoder", "decoder", "head"),
         task="segmentation",
-        options={"init": config.init},
+        options={"init": config.init, "semi": config.semi},
         label_values=values,
         source=str(Path(config.source).resolve()),
         volumes=tuple(sorted(open_volume(item.path).meta["voxel_hash"] for item in train)),

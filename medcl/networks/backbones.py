@@ -86,6 +86,20 @@ class Backbone(nn.Module, ABC):
         """Logits (B, out_channels, D, H, W): exactly what `net(x)` gives."""
         return self.decode(self.encode(x))
 
+    def forward_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the map that the output layer reads, (B, `feature_channels`, ...), at its own resolution."""
+        seen: list[Tensor] = []
+        hook = self.head_modules()[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        try:
+            return self(x), seen[0]
+        finally:
+            hook.remove()
+
+    @property
+    def feature_channels(self) -> int:
+        convolutions = (nn.Conv3d, nn.ConvTranspose3d)
+        return next(m.in_channels for m in self.head_modules()[0].modules() if isinstance(m, convolutions))
+
     @property
     def width(self) -> int:
         return self.spec.width or self.default_width

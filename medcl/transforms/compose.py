@@ -64,6 +64,28 @@ class Compose:
             image, label = transform.apply_both(image, label, drawn)
         return image, label
 
+    def apply_soft(self, image: Tensor, soft: Tensor, params: Sequence[Params]) -> tuple[Tensor, Tensor, Tensor]:
+        """Applies drawn parameters to an image, and moves maps of numbers, such as probabilities, along with it.
+
+        Args:
+            image: (B, C, D, H, W).
+            soft: (B, K, D, H, W), interpolated linearly; what changes intensities leaves it alone.
+            params: from `draw`.
+
+        Returns:
+            The image, the maps, and (B, 1, D, H, W) bool: whether a voxel comes from inside the volume. Outside it both
+            repeat their border.
+        """
+        inside = torch.ones_like(image[:, :1], dtype=torch.uint8)
+        for transform, drawn in zip(self.transforms, params, strict=True):
+            if isinstance(transform, RandomSpatial):
+                # one grid for all of them; a label map is padded with 0
+                both, inside = transform.apply_both(torch.cat([image, soft.to(image.dtype)], dim=1), inside, drawn)
+                image, soft = both.split([image.shape[1], soft.shape[1]], dim=1)
+            else:
+                image = transform.apply(image, drawn)
+        return image, soft, inside > 0
+
     def coordinates(self, params: Sequence[Params], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Source voxel coordinates (B, 3, D, H, W) of every output voxel; see `RandomSpatial.coordinates`.
 

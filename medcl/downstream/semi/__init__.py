@@ -1,0 +1,1 @@
+"""Learning from the unlabelled images of the training subjects, beside the labelled ones."""

@@ -1,0 +1,122 @@
+"""What a semi-supervised method is.
+
+A step has labelled rows and unlabelled rows. The teacher, a moving average of the student, sees the unlabelled patch as
+it was read; the student sees it strongly augmented, and what the teacher said moves along with the voxels. A method
+says what to make of the teacher's probabilities (`targets`) and what to add to the supervised loss (`loss`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from medcl.config import from_mapping
+from medcl.downstream.semi.rows import Rows
+from medcl.errors import MedclError
+from medcl.losses.segmentation import ramp_up
+from medcl.networks.backbones import Backbone
+from medcl.networks.ema import MomentumTeacher
+from medcl.transforms.compose import Compose
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SemiOptions:
+    """Settings that every method has.
+
+    Attributes:
+        weight: of the unlabelled loss.
+        momentum: of the teacher, which is also what is validated and kept.
+        start: share of the steps that are supervised only.
+        ramp: share of the steps, from `start` on, over which the weight rises.
+        patches: unlabelled patches a step; 0 takes half as many as labelled ones.
+    """
+
+    weight: float = 1.0
+    momentum: float = 0.99
+    start: float = 0.0
+    ramp: float = 0.4
+    patches: int = 0
+
+
+class SemiMethod(nn.Module, ABC):
+    """A way to learn from unlabelled patches.
+
+    Attributes:
+        Options: frozen dataclass of the method's settings.
+        reads_features: whether `loss` wants the map that the output layer reads.
+        teacher: moving average of the student.
+    """
+
+    Options: ClassVar[type[SemiOptions]] = SemiOptions
+    reads_features: ClassVar[bool] = False
+
+    def __init__(self, backbone: Backbone, options: dict[str, Any]):
+        super().__init__()
+        self.options: Any = from_mapping(self.Options, options, "--semi_options")
+        self.check()
+        self.teacher = MomentumTeacher(backbone)
+
+    def check(self) -> None:
+        """Refuses options that cannot work."""
+        self.need("weight", self.options.weight >= 0, "0 or more")
+        self.need("momentum", 0 <= self.options.momentum < 1, "0 or more, below 1")
+        self.need("start", 0 <= self.options.start < 1, "a share of the steps below 1")
+        self.need("ramp", 0 <= self.options.ramp <= 1, "a share of the steps")
+        self.need("patches", self.options.patches >= 0, "0 or more")
+
+    def need(self, name: str, fine: bool, wanted: str) -> None:
+        if not fine:
+            raise MedclError(
+                f"{getattr(self.options, name)} cannot be used", f"--semi_options.{name}", f"Give {wanted}."
+            )
+
+    def patches(self, labelled: int) -> int:
+        """Unlabelled patches a step beside so many labelled ones."""
+        return self.options.patches or max(1, labelled // 2)
+
+    @torch.no_grad()
+    def rows(self, image: Tensor, seed: Tensor, augmentation: Compose, spacing: Sequence[float]) -> Rows:
+        """Unlabelled patches (N, 1, D, H, W) as the student is to see them, with what the teacher says of them."""
+        probabilities = torch.softmax(self.teacher.module(image).float(), dim=1)
+        with torch.autocast(image.device.type, enabled=False):
+            params = augmentation.draw(seed, image.shape, spacing)
+            image, probabilities, inside = augmentation.apply_soft(image, probabilities, params)
+        return Rows(image, *self.targets(probabilities, inside), seed, labelled=0)
+
+    def weight(self, progress: float) -> float | None:
+        """Weight of the unlabelled loss after this share of the steps; None before `start`, when nothing is read."""
+        since = progress - self.options.start
+        return None if since < 0 else self.options.weight * ramp_up(since, self.options.ramp)
+
+    @abstractmethod
+    def targets(self, probabilities: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        """What the student is to learn: shares of classes (N, K, D, H, W) and weights of voxels (N, 1, D, H, W).
+
+        Args:
+            probabilities: of the teacher, moved with the augmented image.
+            inside: (N, 1, D, H, W) bool, whether a voxel comes from inside the patch.
+        """
+
+    @abstractmethod
+    def loss(self, logits: Tensor, features: Tensor | None, rows: Rows) -> Tensors:
+        """`loss`, not yet weighted, and further scalars to log.
+
+        Args:
+            logits: of all rows, (N, K, D, H, W).
+            features: of all rows, what the output layer read, where `reads_features`.
+            rows: what the student saw.
+        """
+
+    def after_step(self, student: nn.Module, step: int) -> None:
+        """The teacher follows: a plain average at first, so that random beginnings are forgotten soon.
+
+        min(1 - 1 / (step + 1), momentum), as in the code of Tarvainen and Valpola (NeurIPS 2017).
+        """
+        self.teacher.update(student, min(1 - 1 / (step + 1), self.options.momentum))

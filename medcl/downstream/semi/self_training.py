@@ -1,0 +1,54 @@
+"""Self-training: what the teacher is sure of is taken for a label.
+
+Pseudo-labels (Lee 2013) in the online form of FixMatch (Sohn et al., NeurIPS 2020): hard labels of the unaugmented
+patch teach the strongly augmented one, voxels below a confidence count nothing. Here a moving average of the student
+gives them, and Dice joins the cross-entropy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from medcl.downstream.semi.base import SemiMethod, SemiOptions, Tensors
+from medcl.downstream.semi.rows import Rows
+from medcl.losses.segmentation import dice_ce, shares
+
+
+@dataclass(frozen=True)
+class SelfTrainingOptions(SemiOptions):
+    """Further settings.
+
+    Attributes:
+        threshold: least probability of the likeliest class for a voxel to count.
+        hard: take the likeliest class for the label; else the probabilities.
+    """
+
+    start: float = 0.25
+    ramp: float = 0.25
+    threshold: float = 0.8
+    hard: bool = True
+
+
+class SelfTraining(SemiMethod):
+    """Dice and cross-entropy against confident pseudo-labels."""
+
+    Options: ClassVar[type[SemiOptions]] = SelfTrainingOptions
+
+    def check(self) -> None:
+        super().check()
+        self.need("threshold", 0 <= self.options.threshold < 1, "0 or more, below 1")
+
+    def targets(self, probabilities: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        """Pseudo-labels, and weight 1 where they are confident."""
+        best, label = probabilities.max(dim=1, keepdim=True)
+        weight = (inside & (best >= self.options.threshold)).float()
+        return (shares(label, probabilities.shape[1]) if self.options.hard else probabilities), weight
+
+    def loss(self, logits: Tensor, features: Tensor | None, rows: Rows) -> Tensors:
+        """`loss` over the unlabelled rows, and `trusted`: the share of their voxels that count."""
+        n = rows.labelled
+        weight = rows.weight[n:]
+        return {"loss": dice_ce(logits[n:], rows.target[n:], weight, present=True), "trusted": weight.mean()}
