@@ -16,7 +16,7 @@ def shares(label: Tensor, classes: int) -> Tensor:
     return out.scatter_(1, label.long(), 1.0)
 
 
-def dice_ce(logits: Tensor, target: Tensor, weight: Tensor | None = None, present: bool = False) -> Tensor:
+def dice_ce(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Soft Dice loss over the foreground classes plus cross-entropy.
 
     The Dice of a class is taken over the whole batch: single patches often lack small structures. With 0 and 1 for
@@ -28,8 +28,6 @@ def dice_ce(logits: Tensor, target: Tensor, weight: Tensor | None = None, presen
         weight: of every voxel, (B, 1, D, H, W). A voxel of weight 0 counts in neither part. The cross-entropy is the
             weighted sum over the number of all voxels, so that few trusted voxels teach little (as in FixMatch, Sohn
             et al., NeurIPS 2020, equation 4).
-        present: leave out of the Dice the classes that no weighted voxel has. Their Dice would be 0 whatever the
-            network says, and where only background is trusted it would teach that there is nothing else.
     """
     with torch.autocast(logits.device.type, enabled=False):
         log_p = torch.log_softmax(logits.float(), dim=1)
@@ -40,10 +38,7 @@ def dice_ce(logits: Tensor, target: Tensor, weight: Tensor | None = None, presen
             entropy, overlap, total = entropy * weight, overlap * weight, total * weight
         space = (0, 2, 3, 4)
         dice = (2 * overlap.sum(space) + SMOOTH) / (total.sum(space) + SMOOTH)
-        if not present:
-            return (1 - dice).mean() + entropy.mean()
-        some = ((t if weight is None else t * weight).sum(space) > 0).float()
-        return ((1 - dice) * some).sum() / some.sum().clamp(min=1) + entropy.mean()
+        return (1 - dice).mean() + entropy.mean()
 
 
 def consistency(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -15,9 +15,7 @@ ALPHA = {"mixup": 0.4, "cutmix": 1.0}
 PROBABILITY = 0.5
 
 
-def draw_shares(
-    seeds: Tensor, kind: str, shape: Sequence[int], alpha: float = 0.0, probability: float = -1.0
-) -> Tensor:
+def draw_shares(seeds: Tensor, kind: str, shape: Sequence[int], probability: float = PROBABILITY) -> Tensor:
     """How much of every voxel comes from the partner.
 
     Mixup (Zhang et al., ICLR 2018): the same share everywhere, drawn from Beta(a, a) and at most a half, so that the

@@ -51,4 +51,4 @@ class SelfTraining(SemiMethod):
         """`loss` over the unlabelled rows, and `trusted`: the share of their voxels that count."""
         n = rows.labelled
         weight = rows.weight[n:]
-        return {"loss": dice_ce(logits[n:], rows.target[n:], weight, present=True), "trusted": weight.mean()}
+        return {"loss": dice_ce(logits[n:], rows.target[n:], weight), "trusted": weight.mean()}

@@ -1,0 +1,197 @@
+"""Semi-supervision in fine-tuning: what is read, what counts, what is kept, and that it resumes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import medcl
+import medcl.data.crops
+from medcl import FinetuneConfig, PretrainConfig
+from medcl.checkpoint import load_weights
+from medcl.data.stage import load_source
+from medcl.data.store import open_volume
+from medcl.downstream.segmentation import SegmentationModule
+from medcl.downstream.semi.registry import METHODS, build_method
+from medcl.downstream.semi.rows import Rows
+from medcl.downstream.semi.self_training import SelfTraining
+from medcl.errors import MedclError
+from medcl.networks.backbones import BackboneSpec, build_backbone
+from medcl.run import read_metrics
+from medcl.training import LAST
+from medcl.transforms.compose import strong_augmentation
+
+
+def finetuning(source, out, **more) -> FinetuneConfig:
+    settings = {"steps": 4, "batch_size": 2, "labels": "2", "val_every": 2, "width": 4, **more}
+    return FinetuneConfig(str(source), str(out), **settings)
+
+
+def network(classes: int = 3):
+    torch.manual_seed(0)
+    return build_backbone(BackboneSpec("unet", 1, classes, ((2, 2, 2),), 4))
+
+
+@pytest.mark.parametrize("semi", METHODS)
+@pytest.mark.parametrize("mix", ["none", "cutmix"])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, phantoms, monkeypatch, semi, mix):
+    from test_stages import Killed, kill_at
+
+    settings = {"checkpoint_every": 2, "semi": semi, "mix": mix, "semi_options": {"start": 0.25}}
+    whole = medcl.finetune(finetuning(phantoms, tmp_path / "whole", **settings))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 3)
+        medcl.finetune(finetuning(phantoms, tmp_path / "cut", **settings))
+    cut = medcl.finetune(finetuning(phantoms, tmp_path / "cut", resume=True, **settings))
+    first, second = (load_weights(run)[1] for run in (whole, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert read_metrics(whole) == read_metrics(cut)
+
+
+def test_only_images_of_unlabelled_training_subjects_are_read(tmp_path, phantoms, monkeypatch):
+    read, labels = set(), set()
+    original = medcl.data.crops.CropDataset.__getitem__
+
+    def spy(self, number):
+        sample = original(self, number)
+        (labels if self.labelled else read).add(self.volume_of(number))
+        assert self.labelled or "label" not in sample
+        return sample
+
+    monkeypatch.setattr(medcl.data.crops.CropDataset, "__getitem__", spy)
+    run = medcl.finetune(finetuning(phantoms, tmp_path / "run", steps=12, semi="mean_teacher"))
+    split = json.loads((run / "split.json").read_text())
+    assert split["val"] and split["test"]
+    contract = load_weights(run)[0]
+    assert set(contract.subjects) == set(split["train"])
+    assert not set(contract.subjects) & {*split["val"], *split["test"]}
+    of = {}
+    for case in load_source(str(phantoms)).cases:
+        of.setdefault(case.subject, case)
+    hashes = {path: open_volume(path).meta["voxel_hash"] for path in read | labels}
+    assert len(read) == len(split["train"]) - 2 and len(labels) == 2 and not read & labels
+    assert set(hashes.values()) == set(contract.volumes)
+
+
+def test_the_teacher_is_kept_and_differs_from_the_student(tmp_path, phantoms):
+    run = medcl.finetune(
+        finetuning(phantoms, tmp_path / "run", semi="mean_teacher", semi_options={"momentum": 0.6}, val_every=4)
+    )
+    contract, kept = load_weights(run)
+    assert contract.step == 4 and contract.options["semi"] == "mean_teacher"
+    state = torch.load(run / LAST, weights_only=True)["state_dict"]
+    teacher = {k.removeprefix("semi.teacher.module.net."): v for k, v in state.items() if ".teacher." in k}
+    student = {k.removeprefix("backbone.net."): v for k, v in state.items() if k.startswith("backbone.net.")}
+    assert kept.keys() <= teacher.keys() == student.keys()
+    assert all(torch.equal(kept[name], teacher[name]) for name in kept)
+    assert any(not torch.equal(kept[name], student[name]) for name in kept)
+
+
+def test_before_its_start_self_training_is_supervised_training(tmp_path, phantoms):
+    plain = medcl.finetune(finetuning(phantoms, tmp_path / "plain"))
+    late = medcl.finetune(finetuning(phantoms, tmp_path / "late", semi="self_training", semi_options={"start": 0.5}))
+    a, b = ([row["loss"] for row in read_metrics(run)] for run in (plain, late))
+    assert a[:2] == b[:2] and a[3] != b[3]
+    assert "trusted" not in read_metrics(late)[0] and "trusted" in read_metrics(late)[3]
+
+
+def test_pseudo_labels_count_where_they_are_confident_and_inside():
+    method = SelfTraining(network(), {"threshold": 0.8})
+    p = torch.tensor([[0.9, 0.05, 0.05], [0.1, 0.79, 0.11], [0.1, 0.1, 0.8], [0.0, 1.0, 0.0]]).T.view(1, 3, 4, 1, 1)
+    inside = torch.tensor([True, True, True, False]).view(1, 1, 4, 1, 1)
+    target, weight = method.targets(p, inside)
+    assert weight.flatten().tolist() == [1, 0, 1, 0]
+    assert target.argmax(1).flatten().tolist() == [0, 1, 2, 1] and set(target.unique().tolist()) == {0, 1}
+    soft, _ = SelfTraining(network(), {"hard": False}).targets(p, inside)
+    assert torch.equal(soft, p)
+
+
+@pytest.mark.parametrize("semi", METHODS)
+def test_the_unlabelled_loss_knows_no_true_label_and_spares_the_teacher(semi):
+    """Its gradient with respect to the labelled rows is none, where a method does not say that it reads them."""
+    net = network()
+    method = build_method(semi, net, {})
+    rows = Rows(
+        torch.randn(2, 1, 8, 8, 8), torch.softmax(torch.randn(2, 3, 8, 8, 8), 1), torch.ones(2, 1, 8, 8, 8),
+        torch.arange(2), 1,
+    )  # fmt: skip
+    logits, features = net.forward_with_features(rows.image)
+    logits.retain_grad()
+    method.loss(logits, features, rows)["loss"].backward()
+    if not method.reads_features:
+        assert (logits.grad[0] == 0).all() and (logits.grad[1] != 0).any()
+    assert all(p.grad is None and not p.requires_grad for p in method.teacher.parameters())
+
+
+def test_the_teacher_is_asked_about_the_patch_and_not_its_augmentation(monkeypatch):
+    net = network()
+    method = build_method("self_training", net, {})
+    seen = []
+    monkeypatch.setattr(method.teacher.module, "forward", lambda x: seen.append(x) or torch.cat([x, -x, x * 0], dim=1))
+    image, seeds = torch.randn(2, 1, 16, 16, 16), torch.arange(2)
+    augmentation = strong_augmentation()
+    rows = method.rows(image, seeds, augmentation, (1.0, 1.0, 1.0))
+    assert torch.equal(seen[0], image) and not torch.equal(rows.image, image)
+    assert torch.equal(rows.image, augmentation(image, seeds, spacing=(1.0, 1.0, 1.0)))
+
+
+def test_the_teacher_is_an_average_that_forgets_its_beginning():
+    net = network()
+    method = build_method("mean_teacher", net, {"momentum": 0.75})
+    name = next(iter(dict(net.named_parameters())))
+    values, wanted = [1.0, 5.0, 3.0, 9.0, 2.0], None
+    for step, value in enumerate(values):
+        with torch.no_grad():
+            net.get_parameter(name).fill_(value)
+        method.after_step(net, step)
+        share = min(1 - 1 / (step + 1), 0.75)
+        wanted = value if wanted is None else share * wanted + (1 - share) * value
+        assert method.teacher.module.get_parameter(name).flatten()[0] == pytest.approx(wanted)
+    # the first four steps are a plain mean
+    assert wanted == pytest.approx(0.75 * (18 / 4) + 0.25 * 2)
+
+
+@pytest.mark.parametrize(
+    "change,told",
+    [
+        ({"semi": "mean_techer"}, "Did you mean 'mean_teacher'"),
+        ({"semi": "mean_teacher", "semi_options": {"momentun": 0.9}}, "Did you mean 'momentum'"),
+        ({"semi": "mean_teacher", "semi_options": {"momentum": 1.0}}, "--semi_options.momentum"),
+        ({"semi": "self_training", "semi_options": {"threshold": 1.5}}, "--semi_options.threshold"),
+        ({"semi": "self_training", "semi_options": {"start": 1.0}}, "--semi_options.start"),
+        ({"semi": "mean_teacher", "semi_options": {"patches": -1}}, "--semi_options.patches"),
+        ({"semi_options": {"weight": 1.0}}, "options without a method"),
+        ({"semi": "mean_teacher", "labels": "all"}, "every training subject is labelled"),
+        ({"semi": "mean_teacher", "augment": "none"}, "Use --augment strong"),
+        ({"mix": "cutmx"}, "Did you mean 'cutmix'"),
+        ({"mix": "mixup", "batch_size": 1}, "has no partner"),
+    ],
+)
+def test_bad_settings_are_one_line_before_anything_is_written(phantoms, tmp_path, change, told):
+    with pytest.raises(MedclError, match=told) as caught:
+        medcl.finetune(finetuning(phantoms, tmp_path / "x", **change))
+    assert "\n" not in str(caught.value) and not (tmp_path / "x").exists()
+
+
+def test_it_starts_from_pretrained_weights_too(tmp_path, phantoms):
+    options = {"hidden": 16, "embedding": 8, "crops": 2}
+    pre = medcl.pretrain(
+        PretrainConfig(str(phantoms), str(tmp_path / "pre"), steps=2, batch_size=2, width=4, options=options)
+    )
+    seen = []
+    original = SegmentationModule.__init__
+
+    def spy(self, backbone, *args, **kwargs):
+        original(self, backbone, *args, **kwargs)
+        seen.append({k: v.clone() for k, v in self.semi.teacher.module.net.state_dict().items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SegmentationModule, "__init__", spy)
+        run = medcl.finetune(
+            finetuning(phantoms, tmp_path / "fine", width=0, init=str(pre), semi="mean_teacher", steps=2)
+        )
+    _, state = load_weights(pre)
+    backbone = build_backbone(load_weights(run)[0].backbone)
+    assert all(torch.equal(seen[0][name], state[name]) for name in backbone.tensor_names("encoder"))
