@@ -42,33 +42,6 @@ def choose_accelerator(wish: str = "auto") -> str:
     return "gpu" if wish != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def choose_precision(wish: str, accelerator: str) -> str:
-    """Lightning's precision for `auto`, `32`, `bf16` or `16`.
-
-    bf16 on a CPU pays only where the CPU multiplies in it (AVX-512 BF16 or AMX).
-    """
-    names = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-    if wish in names:
-        if wish == "16" and accelerator == "cpu":
-            raise MedclError("16-bit floats need a GPU", "--precision", "Use auto, 32 or bf16.")
-        return names[wish]
-    if wish != "auto":
-        raise MedclError(f"unknown precision {wish!r}", "--precision", "Use auto, 32, bf16 or 16.")
-    if accelerator == "gpu":
-        return names["bf16" if torch.cuda.is_bf16_supported() else "16"]
-    cpu = torch.cpu
-    fast = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
-    return names["bf16" if fast else "32"]
-
-
-def autocast(precision: str, accelerator: str) -> contextlib.AbstractContextManager[Any]:
-    """The autocast context that Lightning uses for this precision, for code outside the trainer."""
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast("cuda" if accelerator == "gpu" else "cpu", dtype)
-
-
 def warmup_cosine(step: int, steps: int, warmup: float) -> float:
     """Factor on the learning rate: linear rise over `warmup` of the steps, then half a cosine to 0."""
     rise = max(1, round(warmup * steps))

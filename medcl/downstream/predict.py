@@ -19,8 +19,9 @@ from medcl.data.stage import bar, describe, load_source, tell_problems
 from medcl.downstream.segmentation import class_scores
 from medcl.errors import MedclError
 from medcl.networks.backbones import Backbone
+from medcl.precision import choose_precision
 from medcl.run import log, setup_log
-from medcl.training import choose_accelerator, choose_precision
+from medcl.training import choose_accelerator
 
 
 class Predictor:
@@ -44,7 +45,7 @@ class Predictor:
         if not 0 <= overlap < 1:
             raise MedclError(f"{overlap} is not a share", "--overlap", "Give 0 or more and less than 1.")
         self.accelerator = choose_accelerator(accelerator)
-        self.precision = choose_precision(precision, self.accelerator)
+        self.precision = choose_precision(precision, self.accelerator, run)
         self.contract: Contract
         self.backbone: Backbone
         self.contract, self.backbone = rebuild(run)

@@ -21,7 +21,8 @@ from medcl.downstream.semi.base import SemiMethod
 from medcl.downstream.semi.rows import Rows
 from medcl.losses.segmentation import dice_ce, shares
 from medcl.networks.backbones import Backbone
-from medcl.training import adamw, autocast
+from medcl.precision import autocast
+from medcl.training import adamw
 from medcl.transforms.compose import Compose
 
 Batch = dict[str, dict[str, Tensor]]

@@ -22,8 +22,9 @@ from medcl.downstream.segmentation import SegmentationModule, Validate
 from medcl.downstream.semi.registry import build_method
 from medcl.errors import MedclError
 from medcl.networks.backbones import Backbone, BackboneSpec, build_backbone
+from medcl.precision import choose_precision, keep_precision
 from medcl.run import begun_run, log, open_run, write_provenance
-from medcl.training import choose_accelerator, choose_precision, fit, hours, resume_step, trainer_for
+from medcl.training import choose_accelerator, fit, hours, resume_step, trainer_for
 from medcl.transforms.compose import StrongAugmentation, strong_augmentation
 from medcl.transforms.mixing import MIXES
 from medcl.transforms.random import mix
@@ -45,7 +46,7 @@ def finetune(config: FinetuneConfig) -> Path:
     began = time.monotonic()
     check(config)
     accelerator = choose_accelerator(config.accelerator)
-    precision = choose_precision(config.precision, accelerator)
+    precision = choose_precision(config.precision, accelerator, config.out if config.resume else "")
     begun = begun_run(config)
     manifest = load_source(config.source, config.channel, begun)
     split = begun_split(begun) or draw_labelled(
@@ -67,6 +68,7 @@ def finetune(config: FinetuneConfig) -> Path:
     seen = sorted(set(contract.subjects) & {*split.val, *split.test}) if contract else []
 
     run = open_run(config.out, config, "finetune", config.resume)
+    keep_precision(run, precision, accelerator)
     first = resume_step(run) if config.resume else 0
     log.info("%s: %s.", config.source, describe(manifest))
     tell_problems(manifest)

@@ -21,6 +21,7 @@ from medcl.data.stage import describe, load_source, plan_for, prepare_all, tell_
 from medcl.errors import MedclError
 from medcl.evaluation.efficiency import rows_by_key, summarise, write_summary
 from medcl.evaluation.grid import make_grid
+from medcl.precision import choose_precision, keep_precision, name_of
 from medcl.run import follow_log, log, setup_log, stands, write_config, write_provenance
 from medcl.training import choose_accelerator, hours
 
@@ -53,7 +54,15 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     follow_log(out / "log.txt")
     accelerator = choose_accelerator(config.accelerator)
     at_once = config.parallel or (ON_A_GPU if accelerator == "gpu" else available_cores())
-    grid = make_grid(replace(config, source=_manifest(config), plan=_plan(config, accelerator)))
+    # settled once: a timing in every process may come out otherwise, and arms must not differ in it
+    settled = {"precision": name_of(choose_precision("auto", accelerator, out))}
+    keep_precision(out, choose_precision(settled["precision"], accelerator), accelerator)
+    grid = make_grid(
+        replace(
+            config, source=_manifest(config), plan=_plan(config, accelerator),
+            pretrain={**settled, **config.pretrain}, finetune={**settled, **config.finetune},
+        )
+    )  # fmt: skip
     threads = max(1, available_cores() // at_once)
 
     # scratch arms need no encoder, so they fill the cores while encoders are trained

@@ -23,11 +23,12 @@ from medcl.errors import MedclError
 from medcl.losses.contrastive import contrast
 from medcl.networks.heads import ProjectionHead
 from medcl.networks.patch_encoders import PatchResNet, save_patch_encoder
+from medcl.precision import choose_precision, keep_precision
 from medcl.pretext.base import REMEDIES, Pairs, PretextTask, Tensors
 from medcl.pretext.simclr import masks
 from medcl.pretext.watch import Watch
 from medcl.run import log, open_run, write_provenance
-from medcl.training import adamw, choose_accelerator, choose_precision, fit, hours, resume_step, trainer_for
+from medcl.training import adamw, choose_accelerator, fit, hours, resume_step, trainer_for
 from medcl.transforms.patches import random_patch_view
 from medcl.transforms.random import mix_seeds
 
@@ -125,11 +126,12 @@ def pretrain_patches(config: MILPretrainConfig) -> Path:
     began = time.monotonic()
     check(config)
     accelerator = choose_accelerator(config.accelerator)
-    precision = choose_precision(config.precision, accelerator)
+    precision = choose_precision(config.precision, accelerator, config.out if config.resume else "")
     bags = read_bags(config.bags)
     torch.manual_seed(config.seed)
     task = PatchContrast(PatchResNet(config.encoder, config.width), config.method, config.temperature)
     run = open_run(config.out, config, "mil pretrain", config.resume)
+    keep_precision(run, precision, accelerator)
     tiles = gather_tiles(bags, config)
     if len(tiles) < config.batch_size:
         raise MedclError(f"there are {len(tiles)} tiles", "--batch_size", "Give less, or smaller tiles.")

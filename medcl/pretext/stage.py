@@ -22,6 +22,7 @@ from medcl.data.stage import describe, load_source, plan_for, prepare_all, tell_
 from medcl.data.store import open_volume
 from medcl.errors import MedclError
 from medcl.networks.backbones import BackboneSpec, build_backbone
+from medcl.precision import autocast, choose_precision, keep_precision
 from medcl.pretext.base import PretextTask
 from medcl.pretext.probing import probe_for, subjects_to_probe
 from medcl.pretext.registry import task_class
@@ -29,9 +30,7 @@ from medcl.pretext.watch import Watch
 from medcl.run import begun_run, log, open_run, write_provenance
 from medcl.training import (
     adamw,
-    autocast,
     choose_accelerator,
-    choose_precision,
     fit,
     hours,
     peak_memory,
@@ -103,7 +102,7 @@ def pretrain(config: PretrainConfig) -> Path:
     began = time.monotonic()
     check(config)
     accelerator = choose_accelerator(config.accelerator)
-    precision = choose_precision(config.precision, accelerator)
+    precision = choose_precision(config.precision, accelerator, config.out if config.resume else "")
     kind = task_class(config.task)
     pretrained = None if config.init == "none" else load_weights(config.init)
     begun = begun_run(config)
@@ -128,6 +127,7 @@ def pretrain(config: PretrainConfig) -> Path:
     task = kind(backbone, plan, config.options)
 
     run = open_run(config.out, config, "pretrain", config.resume)
+    keep_precision(run, precision, accelerator)
     first = resume_step(run) if config.resume else 0
     log.info("%s: %s.", config.source, describe(manifest))
     tell_problems(manifest)
