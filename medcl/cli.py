@@ -117,14 +117,16 @@ def _mil_fit(config: Any) -> None:
 
     run = fit(config)
     print_scores(read_json(run / "metrics.json"))
+    _report(run)
     print(f"Next: medcl mil predict {run} NEW_BAGS OUT")
 
 
 def _mil_predict(config: Any) -> None:
     from medcl.downstream.mil_stage import predict_bags
     from medcl.report.attention import draw_attention
+    from medcl.report.bags import write_told_report
 
-    draw_attention(predict_bags(config))
+    print(f"Report: {write_told_report(draw_attention(predict_bags(config)))}")
 
 
 def _mil_evaluate(config: Any) -> None:

@@ -105,7 +105,7 @@ class InstanceContrast(Plain):
 
     def loss(self, batch: Batch) -> Tensor:
         net, mask = self.net, batch.mask
-        h = (batch.h - self.model.mean) / self.model.deviation
+        h = self.model.standardised(batch.h)
         noises = [torch.randn_like(h) * net.noise for _ in range(2)]
         out = net(h + noises[0], mask, batch.where)
         bag = mask.nonzero()[:, 0]

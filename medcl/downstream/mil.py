@@ -56,13 +56,18 @@ class BagClassifier(nn.Module):
         """Takes mean and standard deviation of every feature over instances of these bags."""
         total = sum(len(bag.h) for bag in bags)
         every = max(1, total // STATISTICS_FROM)
-        rows = np.concatenate([bag.h[::every] for bag in bags]).astype(np.float64)
-        deviation = rows.std(0)
-        self.mean.copy_(torch.from_numpy(rows.mean(0)))
-        self.deviation.copy_(torch.from_numpy(np.where(deviation > 1e-8, deviation, 1.0)))
+        rows = torch.from_numpy(np.concatenate([bag.h[::every] for bag in bags]))
+        variance, mean = torch.var_mean(rows, 0, correction=0)  # Welford's: float32 is enough
+        deviation = variance.sqrt()
+        self.mean.copy_(mean)
+        self.deviation.copy_(torch.where(deviation > 1e-8, deviation, 1.0))
+
+    def standardised(self, h: Tensor) -> Tensor:
+        """Features (B, K, M) as the aggregator sees them; one pass over memory."""
+        return torch.addcmul(-self.mean / self.deviation, h, 1 / self.deviation)
 
     def forward(self, h: Tensor, mask: Tensor, coordinates: Tensor | None = None) -> Bagged:
-        return self.aggregator((h - self.mean) / self.deviation, mask, coordinates)
+        return self.aggregator(self.standardised(h), mask, coordinates)
 
 
 def build(config: MILFitConfig, features: int, classes: int) -> BagClassifier:

@@ -61,7 +61,7 @@ def fit(config: MILFitConfig) -> Path:
     write_rows(run / "predictions.csv", rows)
     write_json(run / "folds.json", divisions)
     result = score(rows, classes)
-    write_json(run / "metrics.json", {**result, "aside": loaded.aside})
+    write_json(run / "metrics.json", {**result, "aside": loaded.aside, "read": facts_of(loaded)})
     if config.final:
         model = train(config, features, labels.tolist(), len(classes), config.seed, device)
         save(run, model, config, classes, loaded.encoder)
@@ -110,6 +110,16 @@ def divide(labels: np.ndarray, groups: Sequence[str], folds: int, seed: int) -> 
 
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     return [(learn, held) for learn, held in splitter.split(np.zeros(len(labels)), labels, groups)]
+
+
+def facts_of(loaded: Loaded) -> dict[str, str]:
+    """What was read, for the report."""
+    sizes = [len(f.h) for f in loaded.features]
+    return {
+        "instances": f"{sum(sizes)}; in a bag {min(sizes)} to {max(sizes)}, median {int(np.median(sizes))}",
+        "features": str(loaded.features[0].h.shape[1]),
+        "encoder": loaded.encoder,
+    }
 
 
 def tell(loaded: Loaded, classes: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,25 @@ from medcl.evaluation.statistics import Interval
 from medcl.files import write_json
 
 
-def score(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
-    """Scores with intervals over groups, from rows of `predictions.csv`.
+@dataclass(frozen=True)
+class Table:
+    """Predictions of bags with known labels.
 
-    With several repeats a score is the mean over them; a bootstrap draw takes a group's bags in all repeats.
+    Attributes:
+        bags: their names (N).
+        groups: their groups (N).
+        labels: (N,) in 0 .. C-1.
+        probabilities: (N, repeats, C), rows sum to 1.
+    """
+
+    bags: list[str]
+    groups: list[str]
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+
+def table_of_predictions(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> Table:
+    """The rows of `predictions.csv` that have a label.
 
     Raises:
         MedclError: a bag without a known label, or repeats that do not hold the same bags.
@@ -41,18 +57,29 @@ def score(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> dict[str, A
     p /= p.sum(-1, keepdims=True)
     first = {row["bag_id"]: row for row in known}
     labels = np.array([classes.index(first[bag]["label"]) for bag in order])
-    groups = [first[bag]["group"] for bag in order]
+    return Table(order, [first[bag]["group"] for bag in order], labels, p)
+
+
+def score(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
+    """Scores with intervals over groups, from rows of `predictions.csv`.
+
+    With several repeats a score is the mean over them; a bootstrap draw takes a group's bags in all repeats.
+
+    Raises:
+        MedclError: see `table_of_predictions`.
+    """
+    table = table_of_predictions(rows, classes)
 
     def mean_over_repeats(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         each = [classification_scores(probabilities[:, r], labels) for r in range(probabilities.shape[1])]
         return {key: float(np.mean([scores[key] for scores in each])) for key in each[0]}
 
-    intervals = group_bootstrap(p, labels, groups, scores=mean_over_repeats, samples=1000)
+    intervals = group_bootstrap(table.probabilities, table.labels, table.groups, scores=mean_over_repeats, samples=1000)
     return {
         "classes": list(classes),
-        "bags": len(order),
-        "groups": len(set(groups)),
-        "repeats": len(repeats),
+        "bags": len(table.bags),
+        "groups": len(set(table.groups)),
+        "repeats": table.probabilities.shape[1],
         "scores": {key: interval.to_dict() for key, interval in intervals.items()},
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from medcl.config import ReportConfig
+from medcl.report.bags import write_bag_report
 from medcl.report.html import write_run_report
 from medcl.run import read_config
 
@@ -16,5 +17,6 @@ def write_report(config: ReportConfig) -> Path:
         MedclError: the folder is not a run.
     """
     run = Path(config.run)
-    read_config(run)
+    if read_config(run).get("stage") == "mil fit":
+        return write_bag_report(run)
     return write_run_report(run)
