@@ -1,12 +1,13 @@
 """The protocol of Chaitanya et al. (NeurIPS 2020) on ACDC: slice-wise networks, 1, 2 and 8 labelled volumes.
 
-    python pipelines/chaitanya2020_acdc.py ACDC [--out runs/acdc] [--spacing 1.367] [--on val]
+    python pipelines/chaitanya2020_acdc.py ACDC [--out runs/acdc] [--spacing 1.367] [--patch 192] [--on val]
 
 ACDC is the folder with `training/patientNNN`. As in the paper: the end-diastolic volume of every patient, a 2D network
 over axial slices at 1.367 mm, a split by patient with the paper's 20 test patients (those there, filled up to 20
 with others drawn by a seed), pretraining on the images of the training patients alone, and Dice at the original
 resolution. Not as in the paper: the schedule, the augmentation and the number of validation patients are those of
-configs/benchmark_acdc.yaml; every arm has the same. A coarser --spacing is the reduced protocol for a CPU.
+configs/benchmark_acdc.yaml; every arm has the same. A coarser --spacing and a smaller --patch are the reduced protocol for
+a CPU.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def protocol(manifest: Manifest) -> Manifest:
     return manifest.with_cases(tuple(cases))
 
 
-def main(scans: str, out: Path, spacing: float, on: str) -> None:
+def main(scans: str, out: Path, spacing: float, side: int, recipe: Path, on: str) -> None:
     import yaml
 
     from medcl.data.stage import load_source
@@ -48,10 +49,10 @@ def main(scans: str, out: Path, spacing: float, on: str) -> None:
     manifest.save(out / "protocol.json")
     thickness = derive_plan(manifest).spacing[2]
     plan = derive_plan(manifest, spacing=(spacing, spacing, thickness))
-    side = min(plan.volume_size[:2]) // 16 * 16
-    patch = (min(side, 192), min(side, 192), plan.patch_size[2])
+    side = min(side, min(plan.volume_size[:2])) // 16 * 16  # a multiple of the network's stride
+    patch = (side, side, plan.patch_size[2])
     replace(plan.slicewise(), patch_size=patch).save(out / "slices.json")
-    config = BenchmarkConfig(str(out / "protocol.json"), str(out), **yaml.safe_load(CONFIG.read_text()))
+    config = BenchmarkConfig(str(out / "protocol.json"), str(out), **yaml.safe_load(recipe.read_text()))
     result = medcl.benchmark(replace(config, plan=str(out / "slices.json"), subjects=on))
     print_benchmark(result)
     print(f"Report: {write_benchmark_report(out, result)}")
@@ -62,6 +63,8 @@ if __name__ == "__main__":
     parser.add_argument("scans", help="folder with training/patientNNN")
     parser.add_argument("--out", type=Path, default=Path("runs/acdc"))
     parser.add_argument("--spacing", type=float, default=1.367, help="mm within a slice")
+    parser.add_argument("--patch", type=int, default=192, help="voxels of a patch's side within a slice")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="arms, numbers of labels, schedule")
     parser.add_argument("--on", choices=("test", "val"), default="test", help="whom to score")
     args = parser.parse_args()
-    main(args.scans, args.out, args.spacing, args.on)
+    main(args.scans, args.out, args.spacing, args.patch, args.config, args.on)

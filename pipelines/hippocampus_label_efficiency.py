@@ -19,13 +19,13 @@ from medcl import BenchmarkConfig
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "benchmark_hippocampus.yaml"
 
 
-def main(scans: str, out: str, on: str) -> None:
+def main(scans: str, out: str, recipe: Path, on: str) -> None:
     import yaml
 
     from medcl.evaluation.efficiency import print_benchmark
     from medcl.report.benchmark import write_benchmark_report
 
-    config = BenchmarkConfig(scans, out, **yaml.safe_load(CONFIG.read_text()))
+    config = BenchmarkConfig(scans, out, **yaml.safe_load(recipe.read_text()))
     result = medcl.benchmark(replace(config, subjects=on))
     print_benchmark(result)
     print(f"Report: {write_benchmark_report(Path(out), result)}")
@@ -35,6 +35,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scans", help="folder with dataset.json")
     parser.add_argument("--out", default="runs/hippocampus")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="arms, numbers of labels, schedule")
     parser.add_argument("--on", choices=("test", "val"), default="test", help="whom to score")
     args = parser.parse_args()
-    main(args.scans, args.out, args.on)
+    main(args.scans, args.out, args.config, args.on)
