@@ -6,8 +6,8 @@ ACDC is the folder with `training/patientNNN`. As in the paper: the end-diastoli
 over axial slices at 1.367 mm, a split by patient with the paper's 20 test patients (those there, filled up to 20
 with others drawn by a seed), pretraining on the images of the training patients alone, and Dice at the original
 resolution. Not as in the paper: the schedule, the augmentation and the number of validation patients are those of
-configs/benchmark_acdc.yaml; every arm has the same. A coarser --spacing and a smaller --patch are the reduced protocol for
-a CPU.
+configs/benchmark_acdc.yaml; every arm has the same. A coarser --spacing and a smaller --patch are the reduced protocol
+for a CPU.
 """
 
 from __future__ import annotations
