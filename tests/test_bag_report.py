@@ -110,7 +110,7 @@ def test_bags_without_pictures_are_shown_as_numbers(tmp_path):
 
 
 def test_a_sub_volume_is_shown_in_its_slice_with_the_front_up_and_the_right_on_the_left(tmp_path):
-    image = np.zeros((20, 16, 8), np.float32)
+    image = np.full((20, 16, 8), 20, np.float32)
     image[15:19, 11:15, 3:6] = 100.0  # to the patient's right and front
     image += np.random.default_rng(0).random(image.shape).astype(np.float32)
     write_nifti(tmp_path / "a.nii.gz", image, np.eye(4))

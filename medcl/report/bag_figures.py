@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from medcl.evaluation.classification import BINS
-from medcl.report.figures import BLUE, GREY, ORANGE, SKY, _literal, _plain, new_figure, to_uri
+from medcl.report.figures import BLUE, GREY, ORANGE, SKY, literal, new_figure, plain, to_uri
 
 COLOURS = (BLUE, ORANGE, GREY, SKY)
 
@@ -37,13 +37,13 @@ def roc(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -
         for r in range(probabilities.shape[1] if probabilities.shape[1] > 1 else 0):
             axes.plot(*roc_points(probabilities[:, r, c], labels == c), color=colour, linewidth=0.7, alpha=0.3)
         mean = probabilities[:, :, c].mean(1)
-        axes.plot(*roc_points(mean, labels == c), color=colour, linewidth=1.8, label=_literal(classes[c]))
+        axes.plot(*roc_points(mean, labels == c), color=colour, linewidth=1.8, label=literal(classes[c]))
     if len(which) > 1:
         axes.legend(fontsize=7, frameon=False, loc="lower right")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     axes.set_xlabel("false positive rate", fontsize=8)
     axes.set_ylabel("true positive rate", fontsize=8)
-    _plain(axes, "ROC" if len(which) > 1 else _literal(f"ROC of {classes[1]}"))
+    plain(axes, "ROC" if len(which) > 1 else literal(f"ROC of {classes[1]}"))
     return to_uri(figure)
 
 
@@ -73,7 +73,7 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray) -> str:
     axes.set(xlim=(1 / classes - 0.03, 1.03), ylim=(-0.03, 1.03))
     axes.set_xlabel("probability of the predicted class", fontsize=8)
     axes.set_ylabel("share that is right", fontsize=8)
-    _plain(axes, "calibration")
+    plain(axes, "calibration")
     return to_uri(figure)
 
 
@@ -97,7 +97,7 @@ def confusion(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[s
         number = f"{table[i, j]:.0f}" if abs(table[i, j] - round(table[i, j])) < 1e-6 else f"{table[i, j]:.1f}"
         text = f"{number}\n{100 * share[i, j]:.0f} %"
         axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if share[i, j] > 0.6 else "black")
-    names = [_literal(name) for name in classes]
+    names = [literal(name) for name in classes]
     axes.set_xticks(range(len(names)), names, fontsize=8, rotation=30 if len(names) > 3 else 0)
     axes.set_yticks(range(len(names)), names, fontsize=8, rotation=90, va="center")
     axes.set_xlabel("predicted", fontsize=8)
@@ -121,9 +121,9 @@ def probability_strips(probabilities: np.ndarray, labels: np.ndarray, classes: S
         axes.scatter(values, c + jitter.uniform(-0.18, 0.18, len(values)), s=16, color=BLUE, alpha=0.5, linewidth=0)
         if len(values):
             axes.plot([np.median(values)] * 2, [c - 0.32, c + 0.32], color="black", linewidth=1.5)
-    axes.set_yticks(range(len(classes)), [_literal(name) for name in classes])
+    axes.set_yticks(range(len(classes)), [literal(name) for name in classes])
     axes.set(xlim=(-0.02, 1.02), ylim=(len(classes) - 0.5, -0.5))
     of = f"probability of {classes[1]}" if len(classes) == 2 else "probability of the true class"
-    axes.set_xlabel(_literal(of), fontsize=8)
-    _plain(axes)
+    axes.set_xlabel(literal(of), fontsize=8)
+    plain(axes)
     return to_uri(figure)

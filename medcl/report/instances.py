@@ -11,7 +11,7 @@ import numpy as np
 
 from medcl.data.bags import Features
 from medcl.data.slides import IMAGES, Slide
-from medcl.report.figures import ORANGE, _literal, new_figure, to_uri
+from medcl.report.figures import ORANGE, literal, new_figure, to_uri
 
 SHOWN = 6  # from either end
 SIDE = 128  # pixels of a thumbnail
@@ -28,6 +28,8 @@ def pictures_of(features: Features) -> tuple[Picture, str] | None:
     source = Path(str(meta.get("source", "")))
     if not meta.get("source") or not source.exists():
         return None
+    if "slices" in meta and features.coordinates is not None:
+        return _of_slices(source, features.coordinates), "Axial slices, front up, the patient's right on the left."
     if "plan" in meta and features.coordinates is not None:
         return _of_volume(source, features.coordinates, meta), "The slice through the middle of a sub-volume, outlined."
     if "patch_size_level0" in meta and features.coordinates is not None:
@@ -38,6 +40,14 @@ def pictures_of(features: Features) -> tuple[Picture, str] | None:
         if len(files) == len(features.h):
             return lambda i: Slide(files[i]).thumbnail(SIDE), "Patches of the folder."
     return None
+
+
+def _of_slices(source: Path, corners: np.ndarray) -> Picture:
+    from medcl.data.instances import slices
+    from medcl.data.io import read_volume, to_canonical
+
+    blocks = np.concatenate(list(slices(np.asarray(to_canonical(read_volume([source])).array), SIDE).read()))
+    return lambda i: blocks[i].transpose(1, 2, 0)
 
 
 def _of_volume(source: Path, corners: np.ndarray, meta: dict[str, Any]) -> Picture:
@@ -85,7 +95,7 @@ def instance_figure(attention: np.ndarray, picture: Picture) -> str:
         for axes, i in zip(line, some, strict=False):
             axes.imshow(picture(i))
             axes.set_title(_times(attention[i] * len(attention)), fontsize=8)
-        line[0].text(-0.12, 0.5, _literal(name), transform=line[0].transAxes, rotation=90, fontsize=9, va="center")
+        line[0].text(-0.12, 0.5, literal(name), transform=line[0].transAxes, rotation=90, fontsize=9, va="center")
     return to_uri(figure, "png", dpi=120)
 
 
