@@ -41,6 +41,12 @@ def test_arms_share_draws_and_schedule_and_differ_in_their_start_only():
             assert arms["slow"].pretrained_lr == 0.1 and arms["scratch"].precision == "32"
 
 
+def test_semi_supervision_has_no_cell_where_everyone_is_labelled():
+    arms = {"scratch": {}, "st": {"finetune": {"semi": "self_training"}}}
+    grid = make_grid(config_of(arms=arms, labels=["2", "all"]))
+    assert {(c.arm, c.labels) for c in grid.cells} == {("scratch", "2"), ("st", "2"), ("scratch", "all")}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -48,6 +48,7 @@ def summarise(config: BenchmarkConfig, grid: Grid) -> dict[str, Any]:
         ]
         for arm in config.arms
         for labels in config.labels
+        if grid.runs(arm, labels)
     }
     others = [key for key in rows if key[0] != config.baseline]
     paired = {key: _paired(rows[key], rows[config.baseline, key[1]]) for key in others}

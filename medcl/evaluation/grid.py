@@ -79,6 +79,8 @@ def make_grid(config: BenchmarkConfig) -> Grid:
         schedule = {**_free(config.finetune, "finetune"), **_free(config.by_labels.get(labels, {}), "by_labels")}
         for draw in range(config.draws):
             for name, arm in config.arms.items():
+                if labels == "all" and arm.get("finetune", {}).get("semi", "none") != "none":
+                    continue  # nobody is left unlabelled to learn from
                 values = {**schedule, **arm.get("finetune", {}), **shared, "labels": labels, "draw": draw}
                 values["init"] = _init(name, arm.get("pretrain"), encoders)
                 values["out"] = str(out / "runs" / f"{name}-{labels}-{draw}")
