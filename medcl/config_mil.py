@@ -20,8 +20,10 @@ class MILPrepareConfig:
         slide_mpp: microns per pixel of slides that do not say it.
         overlap: share of a tile that it shares with the next.
         tissue: least share of a tile that must be tissue.
-        sub_volume: voxels of the sub-volumes of a prepared volume; by default half a fine-tuning patch. They overlap by
-            half.
+        instances: what a volume is a bag of: `sub_volumes`; `slices`, axial; or `cells`, a grid over the whole volume,
+            each with the features of every map of the encoder at that place. Slices may also go to a 2D encoder.
+        sub_volume: voxels of a sub-volume of the prepared volume, by default half a fine-tuning patch, overlapping by
+            half; or of a cell, by default those of the encoder's second map.
         seed: of random weights.
         accelerator: auto, cpu or gpu.
     """
@@ -34,6 +36,7 @@ class MILPrepareConfig:
     slide_mpp: float = 0.0
     overlap: float = 0.0
     tissue: float = 0.25
+    instances: str = "sub_volumes"
     sub_volume: tuple[int, int, int] | None = None
     seed: int = 0
     accelerator: str = "auto"

@@ -110,13 +110,14 @@ def test_bags_without_pictures_are_shown_as_numbers(tmp_path):
 
 
 def test_a_sub_volume_is_shown_in_its_slice_with_the_front_up_and_the_right_on_the_left(tmp_path):
-    image = np.full((20, 16, 8), 20, np.float32)
-    image[15:19, 11:15, 3:6] = 100.0  # to the patient's right and front
+    image = np.zeros((20, 16, 8), np.float32)
+    image[2:18, 2:14, 1:7] = 40.0
+    image[14:18, 10:14, 3:6] = 100.0  # to the patient's right and front
     image += np.random.default_rng(0).random(image.shape).astype(np.float32)
     write_nifti(tmp_path / "a.nii.gz", image, np.eye(4))
     plan = Plan(spacing=(1.0, 1.0, 1.0), patch_size=(8, 8, 8), normalise="robust")
     meta = {"source": str(tmp_path / "a.nii.gz"), "size": [6, 6, 4], "plan": json.dumps(dataclasses.asdict(plan))}
-    where = np.array([[13, 10, 2], [0, 0, 0]])
+    where = np.array([[13, 9, 2], [0, 0, 0]])
     write_features(tmp_path / "a.h5", Features(np.ones((2, 3), np.float32), where, "e", meta))
     found = pictures_of(read_features(tmp_path / "a.h5"))
     assert found is not None

@@ -18,14 +18,15 @@ import medcl
 from medcl import PretrainConfig
 from medcl.config_mil import MILFitConfig, MILPredictConfig, MILPrepareConfig, MILPretrainConfig
 from medcl.data.bags import read_features
-from medcl.data.instances import sub_volumes
+from medcl.data.instances import slices, sub_volumes
 from medcl.data.slides import Slide, Tiling, side_of, tiles, tissue_mask
-from medcl.downstream.mil_prepare import prepare_bags
+from medcl.downstream.mil_prepare import cells_of_volume, prepare_bags
 from medcl.downstream.mil_stage import fit, predict_bags
 from medcl.errors import MedclError
 from medcl.networks.patch_encoders import instance_encoder
 from medcl.pretext.patches import pretrain_patches
 from medcl.report.attention import draw_attention, geojson, rank_share
+from medcl.report.bags import write_told_report
 from medcl.transforms.patches import random_patch_view, restained
 
 SLIDE = REAL / "slides" / "cmu-1-small-region.svs"
@@ -223,3 +224,77 @@ def test_a_users_own_module_is_an_encoder():
 def test_settings_that_cannot_work_are_refused(tmp_path, change):
     with pytest.raises(MedclError, match=f"--{next(iter(change))}"):
         prepare_bags(MILPrepareConfig(table(tmp_path, ["a", "a.png", "x", "1"]), str(tmp_path / "out"), **change))
+
+
+def test_a_cell_has_the_mean_and_maximum_of_every_map_at_its_place(tmp_path):
+    from medcl.networks.backbones import BackboneSpec, build_backbone
+    from medcl.networks.patch_encoders import VolumeEncoder
+
+    torch.manual_seed(0)
+    encoder = VolumeEncoder(build_backbone(BackboneSpec(strides=((2, 2, 2),) * 3, width=4))).eval()
+    image = np.random.default_rng(0).normal(size=(14, 16, 9)).astype(np.float32)
+    image[:4, :4, :4] = 0.5  # without contrast
+    h, corners = cells_of_volume(image, encoder, (4, 4, 4), "cpu")
+    grid = {tuple(c) for c in corners.tolist()}
+    assert grid == {(x, y, z) for x in (0, 4, 8, 12) for y in (0, 4, 8, 12) for z in (0, 4, 8)} - {(0, 0, 0)}
+    padded = np.pad(image, [(0, 2), (0, 0), (0, 7)], mode="edge")
+    maps = [torch.from_numpy(padded)[None, None], *encoder.backbone.encode(torch.from_numpy(padded)[None, None])]
+    row = corners.tolist().index([8, 4, 0])
+    at = 0
+    for map_ in maps[:3]:  # of 16, 8 and 4 cells along the first axis
+        n = 4 // (16 // map_.shape[2])
+        part = map_[0][:, 2 * n : 3 * n, n : 2 * n, :n].detach().flatten(1)
+        for wanted in [part.mean(1), part.amax(1)] if n > 1 else [part.mean(1)]:
+            np.testing.assert_allclose(h[row, at : at + len(wanted)], wanted, rtol=1e-4, atol=1e-5)
+            at += len(wanted)
+    assert h.shape[1] == at + sum(m.shape[1] for m in maps[3:]) and np.isfinite(h).all()
+
+
+def test_a_volume_is_a_bag_of_cells_or_of_slices_too(tmp_path, phantoms):
+    import nibabel as nib
+
+    run = medcl.pretrain(
+        PretrainConfig(str(phantoms), str(tmp_path / "pre"), width=4, steps=2, batch_size=2, options={"hidden": 16})
+    )
+    scans = sorted((phantoms / "imagesTr").glob("*.nii.gz"))[:4]
+    source = table(tmp_path, *[[f"v{n}", path, ("a", "b")[n % 2], f"g{n}"] for n, path in enumerate(scans)])
+    found = {}
+    for name, encoder, instances in (
+        ("cells", str(run), "cells"), ("thick", str(run), "slices"), ("flat", "resnet18", "slices"),
+    ):  # fmt: skip
+        folder = prepare_bags(
+            MILPrepareConfig(source, str(tmp_path / name), encoder=encoder, instances=instances, tile=32)
+        )
+        fitted = fit(MILFitConfig(str(folder), str(tmp_path / f"{name}-fit"), folds=2, epochs=1))
+        told = predict_bags(MILPredictConfig(str(fitted), str(folder), str(tmp_path / f"{name}-told")))
+        write_told_report(draw_attention(told))
+        heat, scan = nib.load(told / "attention" / "v0.nii.gz"), nib.load(scans[0])
+        assert heat.shape == scan.shape and np.allclose(heat.affine, scan.affine, atol=1e-4)
+        assert (told / "report.html").read_text().count("data:image/png") >= 4
+        found[name] = read_features(folder / "features" / "v0.h5")
+    assert len(found["cells"].h) > 50 and found["cells"].encoder.endswith(":cells-4x4x4")
+    # slices differ in z alone, and of the 2D encoder every one is an instance
+    assert np.ptp(found["thick"].coordinates, axis=0)[:2].tolist() == [0, 0] and len(found["thick"].h) > 1
+    assert len(found["flat"].h) == min(nib.as_closest_canonical(nib.load(scans[0])).shape[2], len(found["flat"].h))
+    assert found["flat"].h.shape[1] == 512
+    with pytest.raises(MedclError, match="none of 4"):
+        prepare_bags(MILPrepareConfig(source, str(tmp_path / "no"), encoder="resnet18", instances="cells"))
+
+
+def test_slices_are_upright_and_in_order():
+    volume = np.zeros((8, 8, 4), np.float32)
+    volume[6:, 6:, 1] = 100  # to the patient's right and front
+    volume[:, :, 3] = np.arange(8)[:, None]
+    found = slices(volume, 16)
+    assert found.coordinates.tolist() == [[0, 0, 1], [0, 0, 3]]  # the others are empty
+    first, second = np.concatenate(list(found.read()))[:, 0].astype(int)
+    assert first[:3, :3].min() > 200 and first[8:].max() == 0  # right on the left, front up
+    assert (np.diff(second[0]) <= 0).all()
+
+
+def test_a_change_of_the_instances_extracts_anew(tmp_path):
+    picture(tmp_path / "a.png")
+    source = table(tmp_path, ["a", "a.png", "x", "1"])
+    for tile, count in ((64, 4), (32, 16)):
+        folder = prepare_bags(MILPrepareConfig(source, str(tmp_path / "out"), tile=tile, mpp=0.0, tissue=0.5))
+        assert len(read_features(folder / "features" / "a.h5").h) == count

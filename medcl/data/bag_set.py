@@ -66,7 +66,9 @@ def load(source: str | Path) -> Loaded:
         "features of encoder": lambda f: f.encoder,
     }
     for name, of in looks.items():
-        found = {of(f): bag.id for bag, f in kept}
+        found: dict[Any, str] = {}
+        for bag, f in kept:
+            found.setdefault(of(f), bag.id)
         if len(found) > 1:
             (a, first), (b, second) = list(found.items())[:2]
             raise MedclError(f"{first} has {name} {a}, {second} {b}", path, "Extract all bags with one encoder.")

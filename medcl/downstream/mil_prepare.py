@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from medcl.checkpoint import load_weights
 from medcl.config_mil import MILPrepareConfig
 from medcl.data.bags import Bag, Features, read_bags, read_features, write_features
 from medcl.data.checks import check_image
-from medcl.data.instances import Instances, kind_of, patches_of, sub_volumes, table_of
+from medcl.data.instances import Instances, kind_of, patches_of, slices, sub_volumes, table_of
 from medcl.data.io import read_volume, to_canonical
 from medcl.data.plan import Plan, round_up
 from medcl.data.prepare import prepare_image
@@ -30,6 +31,8 @@ from medcl.files import write_json, write_rows
 from medcl.networks.patch_encoders import InstanceEncoder, VolumeEncoder, instance_encoder
 from medcl.run import log
 from medcl.training import choose_accelerator, hours
+
+INSTANCES = ("sub_volumes", "slices", "cells")
 
 
 def prepare_bags(config: MILPrepareConfig) -> Path:
@@ -62,12 +65,12 @@ def prepare_bags(config: MILPrepareConfig) -> Path:
             recipe = recipe_of(bag, encoder, tiling, config)
             if not is_current(path, recipe):
                 if kind == "volume":
-                    found = volume_of(bag, encoder, plan, config.sub_volume)
+                    features = of_volume(bag, encoder, plan, config, device)
                 else:
                     found = patches_of(bag, tiling, config.slide_mpp)
-                h = encode(found, encoder, device)
-                meta = {"source": str(bag.path.resolve()), **found.meta, "recipe": recipe}
-                write_features(path, Features(h, found.coordinates, encoder.identity, meta))
+                    features = Features(encode(found, encoder, device), found.coordinates, encoder.identity, found.meta)
+                features.meta = {"source": str(bag.path.resolve()), **(features.meta or {}), "recipe": recipe}
+                write_features(path, features)
                 fresh += 1
             done.append((bag, Path("features") / path.name))
         except MedclError as error:
@@ -93,6 +96,7 @@ def check(config: MILPrepareConfig) -> None:
         ("slide_mpp", config.slide_mpp >= 0, "Give microns per pixel, or 0."),
         ("overlap", 0 <= config.overlap < 1, "Give a share from 0 to below 1."),
         ("tissue", 0 <= config.tissue <= 1, "Give a share from 0 to 1."),
+        ("instances", config.instances in INSTANCES, f"Use one of {', '.join(INSTANCES)}."),
         ("sub_volume", config.sub_volume is None or min(config.sub_volume) > 0, "Give three positive numbers."),
     ):
         if not good:
@@ -106,6 +110,8 @@ def recipe_of(bag: Bag, encoder: InstanceEncoder, tiling: Tiling, config: MILPre
         encoder.identity,
         vars(tiling),
         config.slide_mpp,
+        config.instances,
+        config.sub_volume,
         str(bag.path.resolve()),
         stat.st_size,
         stat.st_mtime_ns,
@@ -134,23 +140,52 @@ def encode(found: Instances, encoder: InstanceEncoder, device: str) -> np.ndarra
     return np.concatenate(rows)
 
 
-def volume_of(
-    bag: Bag, encoder: InstanceEncoder, plan: Plan | None, size: tuple[int, int, int] | None = None
-) -> Instances:
-    """Sub-volumes of a scan, prepared as the encoder has seen its own.
+def of_volume(bag: Bag, encoder: InstanceEncoder, plan: Plan | None, config: MILPrepareConfig, device: str) -> Features:
+    """Features of a scan's sub-volumes, slices or cells, prepared as the encoder has seen its own scans.
 
     Raises:
         MedclError: the encoder is none of volumes, or the scan cannot be used.
     """
-    if plan is None or not isinstance(encoder, VolumeEncoder):
-        raise MedclError("is a volume", bag.path, "Give --encoder the run folder of `medcl pretrain`.")
+    if (plan is None or not isinstance(encoder, VolumeEncoder)) and config.instances != "slices":
+        raise MedclError(
+            "is a volume", bag.path, "Give --encoder the run folder of `medcl pretrain`, or --instances slices."
+        )
     volume = read_volume([bag.path])
     check_image(volume.array, where=str(bag.path))
-    image = prepare_image(to_canonical(volume), plan).image
-    multiple = encoder.backbone.multiple
-    # half a fine-tuning patch: small enough to say where, large enough to show what
-    wish = size or [max(m, p // 2) for p, m in zip(plan.patch_size, multiple, strict=True)]
-    size = round_up(wish, multiple)
+    canonical = to_canonical(volume)
+    if plan is None or not isinstance(encoder, VolumeEncoder):
+        found = slices(np.asarray(canonical.array, dtype=np.float32), config.tile)
+        return Features(encode(found, encoder, device), found.coordinates, encoder.identity, found.meta)
+    image = prepare_image(canonical, plan).image
+    multiple, meta = encoder.backbone.multiple, {"plan": json.dumps(dataclasses.asdict(plan))}
+    if config.instances == "cells":
+        size = config.sub_volume or encoder.backbone.reductions[min(1, len(encoder.backbone.reductions) - 1)]
+        h, corners = cells_of_volume(image, encoder, size, device)
+        name = f"{encoder.identity}:cells-{'x'.join(map(str, size))}"
+        return Features(h, corners, name, {**meta, "size": list(size)})
+    if config.instances == "slices":  # as thin as the encoder can see: one voxel for a slice-wise one
+        size = round_up((image.shape[0], image.shape[1], 1), multiple)
+    else:
+        # half a fine-tuning patch: small enough to say where, large enough to show what
+        wish = config.sub_volume or [max(m, p // 2) for p, m in zip(plan.patch_size, multiple, strict=True)]
+        size = round_up(wish, multiple)
     found = sub_volumes(image, size)
-    meta = {**found.meta, "plan": json.dumps(dataclasses.asdict(plan))}
-    return Instances(found.coordinates, meta, found.read)
+    return Features(encode(found, encoder, device), found.coordinates, encoder.identity, {**found.meta, **meta})
+
+
+@torch.no_grad()
+def cells_of_volume(
+    image: np.ndarray, encoder: VolumeEncoder, size: tuple[int, int, int], device: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features (K, M) of a prepared volume's cells, and their corners (K, 3); cells without contrast are left out."""
+    whole = [math.lcm(m, s) for m, s in zip(encoder.backbone.multiple, size, strict=True)]
+    pad = [(0, -n % w) for n, w in zip(image.shape, whole, strict=True)]
+    padded = np.pad(image, pad, mode="edge").astype(np.float32)
+    h = encoder.cells(torch.from_numpy(padded)[None, None].to(device), size).cpu().numpy()
+    grid = [n // s for n, s in zip(padded.shape, size, strict=True)]
+    corners = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), axis=-1).reshape(-1, 3) * np.array(size)
+    blocks = padded.reshape(grid[0], size[0], grid[1], size[1], grid[2], size[2])
+    spread = (blocks.max((1, 3, 5)) - blocks.min((1, 3, 5))).reshape(-1)
+    kept = (spread > 0) & (corners < np.array(image.shape)).all(1)
+    kept = kept if kept.any() else np.arange(len(kept)) == 0
+    return h[kept], corners[kept]

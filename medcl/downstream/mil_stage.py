@@ -64,7 +64,7 @@ def fit(config: MILFitConfig) -> Path:
     write_json(run / "metrics.json", {**result, "aside": loaded.aside, "read": facts_of(loaded)})
     if config.final:
         model = train(config, features, labels.tolist(), len(classes), config.seed, device)
-        save(run, model, config, classes, loaded.encoder)
+        save(run, model, config, classes, loaded.encoder, groups)
     write_provenance(run, began, seed=config.seed, accelerator=device)
     log.info("In %s after %s.", run, hours(time.monotonic() - began))
     return run
@@ -143,7 +143,9 @@ def _row(bag: Bag, told: Prediction, classes: Sequence[str], **more: Any) -> dic
     return {**more, "bag_id": bag.id, "group": bag.group, "label": bag.label or "", **shares}
 
 
-def save(run: Path, model: BagClassifier, config: MILFitConfig, classes: Sequence[str], encoder: str) -> None:
+def save(
+    run: Path, model: BagClassifier, config: MILFitConfig, classes: Sequence[str], encoder: str, groups: Sequence[str]
+) -> None:
     """Writes `weights/mil.safetensors` and, last, `weights/mil.json` that vouches for it."""
     from safetensors.torch import save as to_bytes
 
@@ -152,12 +154,12 @@ def save(run: Path, model: BagClassifier, config: MILFitConfig, classes: Sequenc
         part.write_bytes(data)
     write_json(run / "weights" / "mil.json", {
         "config": asdict(config), "classes": list(classes), "features": model.aggregator.features,
-        "encoder": encoder, "sha256": sha256(data), "projects": model.projection is not None,
+        "encoder": encoder, "sha256": sha256(data), "groups": sorted(set(groups)),
     })  # fmt: skip
 
 
 def restore(run: str | Path) -> tuple[BagClassifier, dict[str, Any]]:
-    """The classifier of a run, and what goes with it: `classes`, `features`, `encoder`.
+    """The classifier of a run, and what goes with it: `classes`, `features`, `encoder`, and `groups` it was fitted to.
 
     Raises:
         MedclError: no such weights, or damaged ones.
@@ -199,7 +201,16 @@ def predict_bags(config: MILPredictConfig) -> Path:
     out = Path(config.out)
     told = predict(model, loaded.features)
     classes = facts["classes"]
-    write_rows(out / "predictions.csv", [_row(b, t, classes) for b, t in zip(loaded.bags, told, strict=True)])
+    seen = {bag.id for bag in loaded.bags if bag.group in set(facts.get("groups", []))}
+    if seen:
+        log.warning(
+            "%d of %d bags, such as %s, are of groups that the classifier was fitted to: their scores say nothing "
+            "about new ones.", len(seen), len(told), min(seen),
+        )  # fmt: skip
+    write_rows(
+        out / "predictions.csv",
+        [_row(b, t, classes, seen="yes" if b.id in seen else "") for b, t in zip(loaded.bags, told, strict=True)],
+    )
     for bag, features, each in zip(loaded.bags, loaded.features, told, strict=True):
         write_attention(out / "attention" / f"{bag.id}.csv", features, each, classes)
     write_json(out / "sources.json", {bag.id: str(bag.path.resolve()) for bag in loaded.bags})

@@ -16,6 +16,7 @@ from medcl.errors import MedclError
 from medcl.evaluation.classification import classification_scores, group_bootstrap
 from medcl.evaluation.statistics import Interval
 from medcl.files import write_json
+from medcl.run import log
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ def evaluate_bags(config: MILEvaluateConfig) -> dict[str, Any]:
             if row["bag_id"] in known:
                 bag = known[row["bag_id"]]
                 row["label"], row["group"] = bag.label or "", bag.group
+    seen = [row["bag_id"] for row in rows if row.get("seen")]
+    if seen:
+        log.warning("%d of %d bags, such as %s, were trained on: these scores are no test.",
+                    len(seen), len(rows), seen[0])  # fmt: skip
     result = score(rows, classes)
     if config.out:
         write_json(Path(config.out), result)

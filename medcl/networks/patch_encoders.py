@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medcl.errors import MedclError
@@ -70,6 +71,28 @@ class VolumeEncoder(InstanceEncoder):
         super().__init__()
         self.backbone = backbone
         self.identity = f"{backbone.spec.name}:{digest(backbone)}:mean-max"
+
+    def cells(self, volume: Tensor, size: tuple[int, int, int]) -> Tensor:
+        """Features of a grid of cells over a whole volume, which is encoded once: (cells, M), the last axis fastest.
+
+        Of the volume itself and of every map finer than the grid the mean and the maximum in a cell; of coarser maps
+        the value at its centre. So a cell knows what is in it and what lies around it.
+
+        Args:
+            volume: (1, 1, D, H, W), each a multiple of the encoder's stride and of `size`.
+            size: voxels of a cell.
+        """
+        grid = [n // s for n, s in zip(volume.shape[2:], size, strict=True)]
+        parts = []
+        for map_ in [volume, *self.backbone.encode(volume)]:
+            if all(have % want == 0 for have, want in zip(map_.shape[2:], grid, strict=True)):
+                window = [have // want for have, want in zip(map_.shape[2:], grid, strict=True)]
+                parts.append(F.avg_pool3d(map_, window))
+                if max(window) > 1:
+                    parts.append(F.max_pool3d(map_, window))
+            else:
+                parts.append(F.interpolate(map_, size=grid, mode="trilinear", align_corners=False))
+        return torch.cat(parts, dim=1)[0].flatten(1).T.float()
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.backbone.encode(x)

@@ -36,7 +36,9 @@ def draw_attention(out: Path) -> Path:
             if found is None or found.coordinates is None or not Path(str(meta.get("source", ""))).exists():
                 continue
             attention = read_attention(table, len(found.h))
-            if "plan" in meta:
+            if "slices" in meta:
+                slices_map(table.with_suffix(".nii.gz"), found.coordinates, attention, meta)
+            elif "plan" in meta:
                 volume_map(table.with_suffix(".nii.gz"), found.coordinates, attention, meta)
             elif "patch_size_level0" in meta:
                 slide_maps(table.with_suffix(""), found.coordinates, attention, meta)
@@ -117,6 +119,16 @@ def geojson(
             },
         })  # fmt: skip
     return {"type": "FeatureCollection", "features": features}
+
+
+def slices_map(path: Path, corners: np.ndarray, attention: np.ndarray, meta: dict[str, Any]) -> None:
+    """Attention of the axial slices, times their number, on the scan's own grid."""
+    from medcl.data.io import from_canonical, read_volume, to_canonical, write_nifti
+
+    volume = read_volume([meta["source"]])
+    heat = np.zeros(to_canonical(volume).array.shape, np.float32)
+    heat[:, :, corners[:, 2]] = attention * len(attention)
+    write_nifti(path, from_canonical(heat, volume.affine), volume.affine)
 
 
 def volume_map(path: Path, corners: np.ndarray, attention: np.ndarray, meta: dict[str, Any]) -> None:

@@ -70,6 +70,9 @@ def write_told_report(out: Path) -> Path:
     counted = Counter(classes[c] for c in p.argmax(1))
     each = ", ".join(f"{counted[name]} {name}" for name in classes)
     body = [html.paragraph(f"{len(rows)} bags: {each}.", "headline")]
+    seen = sum(bool(row.get("seen")) for row in rows)
+    if seen:
+        body.append(html.warnings([f"{seen} of {len(rows)} bags are of groups that the classifier was fitted to."]))
     if all(row["label"] in classes for row in rows) and len({row["label"] for row in rows}) > 1:
         result = score(rows, classes)
         body.append(html.section("Against the labels given", *_numbers(result)))
