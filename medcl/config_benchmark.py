@@ -15,7 +15,8 @@ class BenchmarkConfig:
         out: folder to write; what is there already is kept, and only what is missing is run.
         arms: what to compare, by name. `pretrain` of an arm holds options of `medcl pretrain` (`config: FILE` reads
             them from a recipe first), or the name of the arm whose encoder it shares; an arm without it starts from
-            random weights. `finetune` holds what this arm alone does in fine-tuning.
+            random weights. `finetune` holds what this arm alone does in fine-tuning; `labels` the numbers of labels it is
+            run at, if not all.
         labels: numbers of labelled subjects; `all` takes every one of the training subjects.
         draws: draws of labelled subjects at each number; the draws of the numbers are nested.
         baseline: the arm that the others are compared with.

@@ -41,10 +41,11 @@ def test_arms_share_draws_and_schedule_and_differ_in_their_start_only():
             assert arms["slow"].pretrained_lr == 0.1 and arms["scratch"].precision == "32"
 
 
-def test_semi_supervision_has_no_cell_where_everyone_is_labelled():
-    arms = {"scratch": {}, "st": {"finetune": {"semi": "self_training"}}}
+def test_an_arm_may_have_fewer_cells_and_semi_supervision_has_none_where_everyone_is_labelled():
+    arms = {"scratch": {}, "st": {"finetune": {"semi": "self_training"}}, "few": {"labels": [2]}}
     grid = make_grid(config_of(arms=arms, labels=["2", "all"]))
-    assert {(c.arm, c.labels) for c in grid.cells} == {("scratch", "2"), ("st", "2"), ("scratch", "all")}
+    cells = {(c.arm, c.labels) for c in grid.cells}
+    assert cells == {("scratch", "2"), ("st", "2"), ("few", "2"), ("scratch", "all")}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,8 @@ def test_semi_supervision_has_no_cell_where_everyone_is_labelled():
         ({"arms": {"scratch": {}, "b": {"pretrain": "voc0"}}}, "no arm with a pretraining"),
         ({"arms": {"scratch": {}, "b": {"pretrain": {"taks": "voco"}}}}, "Did you mean 'task'"),
         ({"arms": {"scratch": {}, "../b": {}}}, "name of a folder"),
+        ({"arms": {"scratch": {"labels": [1]}}}, "baseline is run at every"),
+        ({"arms": {"scratch": {}, "b": {"labels": [5]}}}, "not all among"),
         ({"finetune": {"draw": 3}}, "set by the benchmark"),
         ({"by_labels": {4: {"steps": 3}}}, "not among the labels"),
         ({"subjects": "train"}, "unknown subjects"),

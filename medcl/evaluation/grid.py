@@ -13,6 +13,7 @@ from medcl.errors import MedclError
 
 # What an arm may do in fine-tuning by itself. Everything else is the same for all arms, or it would be no comparison.
 OWN = ("pretrained_lr", "frozen", "layer_decay", "semi", "semi_options", "mix", "core_tuning")
+KEYS = ("pretrain", "finetune", "labels")
 # Set by the benchmark itself, for every stage.
 FIXED = {
     "source", "out", "init", "labels", "draw", "plan", "store", "channel", "accelerator", "resume",
@@ -79,6 +80,8 @@ def make_grid(config: BenchmarkConfig) -> Grid:
         schedule = {**_free(config.finetune, "finetune"), **_free(config.by_labels.get(labels, {}), "by_labels")}
         for draw in range(config.draws):
             for name, arm in config.arms.items():
+                if labels not in map(str, arm.get("labels", config.labels)):
+                    continue
                 if labels == "all" and arm.get("finetune", {}).get("semi", "none") != "none":
                     continue  # nobody is left unlabelled to learn from
                 values = {**schedule, **arm.get("finetune", {}), **shared, "labels": labels, "draw": draw}
@@ -109,8 +112,14 @@ def _check(config: BenchmarkConfig) -> None:
         if any(sign in name for sign in "/\\ ") or not name:
             raise MedclError(f"{name!r} cannot be the name of a folder", "arms", "Use letters, digits, - and +.")
         for key in arm:
-            if key not in ("pretrain", "finetune"):
-                raise MedclError(f"unknown key {key!r}", where, nearest(key, ("pretrain", "finetune")))
+            if key not in KEYS:
+                raise MedclError(f"unknown key {key!r}", where, nearest(key, KEYS))
+        if name == config.baseline and "labels" in arm:
+            raise MedclError("the baseline is run at every number of labels", where, "Leave out `labels`.")
+        if set(map(str, arm.get("labels", ()))) - set(config.labels):
+            raise MedclError(
+                f"labels {arm['labels']} are not all among those of the benchmark", where, "Add them there."
+            )
         for key in arm.get("finetune", {}):
             if key not in OWN:
                 raise MedclError(
