@@ -15,15 +15,15 @@ class BenchmarkConfig:
         out: folder to write; what is there already is kept, and only what is missing is run.
         arms: what to compare, by name. `pretrain` of an arm holds options of `medcl pretrain` (`config: FILE` reads
             them from a recipe first), or the name of the arm whose encoder it shares; an arm without it starts from
-            random weights. `finetune` holds what this arm alone does in fine-tuning; `labels` the numbers of labels it is
-            run at, if not all.
+            random weights. `finetune` holds what this arm alone does in fine-tuning; `labels` the numbers of labels it
+            is run at, if not all.
         labels: numbers of labelled subjects; `all` takes every one of the training subjects.
         draws: draws of labelled subjects at each number; the draws of the numbers are nested.
         baseline: the arm that the others are compared with.
         pretrain: options of `medcl pretrain` that every arm shares.
         finetune: options of `medcl finetune` that every arm shares: the schedule, the network.
-        by_labels: further options of fine-tuning at one number of labels, such as a longer schedule with `all`; every
-            arm shares them.
+        by_labels: further options of fine-tuning at one number of labels, such as a longer schedule with `all`, and
+            `draws` if there are to be others; every arm shares them.
         subjects: whom to score: `test`, or `val` while recipes are being chosen.
         plan: a plan.json to prepare by; by default one is derived from the scans.
         test_fraction: share of labelled subjects held out for test.

@@ -43,9 +43,10 @@ def test_arms_share_draws_and_schedule_and_differ_in_their_start_only():
 
 def test_an_arm_may_have_fewer_cells_and_semi_supervision_has_none_where_everyone_is_labelled():
     arms = {"scratch": {}, "st": {"finetune": {"semi": "self_training"}}, "few": {"labels": [2]}}
-    grid = make_grid(config_of(arms=arms, labels=["2", "all"]))
-    cells = {(c.arm, c.labels) for c in grid.cells}
-    assert cells == {("scratch", "2"), ("st", "2"), ("few", "2"), ("scratch", "all")}
+    grid = make_grid(config_of(arms=arms, labels=["2", "all"], by_labels={"all": {"draws": 1}}))
+    cells = sorted((c.arm, c.labels, c.draw) for c in grid.cells)
+    two = [(arm, "2", draw) for arm in ("few", "scratch", "st") for draw in range(2)]
+    assert cells == sorted([*two, ("scratch", "all", 0)])
 
 
 @pytest.mark.parametrize(

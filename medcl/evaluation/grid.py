@@ -78,7 +78,7 @@ def make_grid(config: BenchmarkConfig) -> Grid:
     cells = []
     for labels in config.labels:
         schedule = {**_free(config.finetune, "finetune"), **_free(config.by_labels.get(labels, {}), "by_labels")}
-        for draw in range(config.draws):
+        for draw in range(schedule.pop("draws", config.draws)):
             for name, arm in config.arms.items():
                 if labels not in map(str, arm.get("labels", config.labels)):
                     continue
