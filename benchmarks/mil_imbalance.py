@@ -1,6 +1,6 @@
 """SC-MIL against plain cross-entropy where one class is rare: 1:1, 1:5 and 1:10.
 
-    python benchmarks/mil_imbalance.py --out runs/imbalance [--seeds 5]
+    python benchmarks/mil_imbalance.py --out runs/imbalance [--seeds 5] [--sets digits] [--ratios 10]
 
 Bags of `mil_instances.py`: 132 to train on, of which the positive ones are a half, a sixth or an eleventh, and 100 to
 test on, half of them positive. Four ways of training gated attention: cross-entropy as it is, with class weights, with
@@ -38,10 +38,10 @@ def imbalanced(bags: Bags, ratio: int) -> Bags:
     return tuple([part[i] for i in kept] for part in bags)  # type: ignore[return-value]
 
 
-def main(out: Path, seeds: int) -> None:
+def main(out: Path, seeds: int, sets: list[str], ratios: list[int]) -> None:
     lines = []
-    for name in ("planted", "digits"):
-        for ratio in (1, 5, 10):
+    for name in sets:
+        for ratio in ratios:
             found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
             began = time.monotonic()
             for seed in range(seeds):
@@ -67,5 +67,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/imbalance"))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--sets", nargs="+", default=["planted", "digits"], choices=["planted", "digits"])
+    parser.add_argument("--ratios", nargs="+", type=int, default=[1, 5, 10])
     arguments = parser.parse_args()
-    main(arguments.out, arguments.seeds)
+    main(arguments.out, arguments.seeds, arguments.sets, arguments.ratios)

@@ -196,3 +196,15 @@ def test_a_damaged_hash_cache_is_rebuilt(folder, tmp_path):
     again, _ = prepare(folder, PLAN, store=tmp_path)
     assert [s.path for s in first] == [s.path for s in again]
     assert len(json.loads((tmp_path / "hashes.json").read_text())) == 2 * len(list(itertools.chain(first)))
+
+
+@pytest.mark.parametrize("normalise", ["robust", "ct"])
+def test_without_clipping_the_scale_is_the_same_and_a_bright_spot_stays(normalise):
+    rng = np.random.default_rng(0)
+    array = rng.normal(50, 20, (20, 20, 20)).astype(np.float32)
+    array[10, 10, 10] = 5000.0
+    plan = Plan(spacing=(1.0, 1.0, 1.0), normalise=normalise)
+    clipped, whole = (prepare_image(Volume(array, np.eye(4)), plan, clip=clip).image for clip in (True, False))
+    inside = (clipped > clipped.min()) & (clipped < clipped.max())
+    np.testing.assert_allclose(whole[inside], clipped[inside], rtol=1e-4, atol=1e-4)
+    assert whole.max() > 10 * clipped.max() and inside.mean() > 0.9

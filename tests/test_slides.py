@@ -234,11 +234,11 @@ def test_a_cell_has_the_mean_and_maximum_of_every_map_at_its_place(tmp_path):
     encoder = VolumeEncoder(build_backbone(BackboneSpec(strides=((2, 2, 2),) * 3, width=4))).eval()
     image = np.random.default_rng(0).normal(size=(14, 16, 9)).astype(np.float32)
     image[:4, :4, :4] = 0.5  # without contrast
-    h, corners = cells_of_volume(image, encoder, (4, 4, 4), "cpu")
+    h, corners = cells_of_volume(image, 2 * image, encoder, (4, 4, 4), "cpu")
     grid = {tuple(c) for c in corners.tolist()}
     assert grid == {(x, y, z) for x in (0, 4, 8, 12) for y in (0, 4, 8, 12) for z in (0, 4, 8)} - {(0, 0, 0)}
     padded = np.pad(image, [(0, 2), (0, 0), (0, 7)], mode="edge")
-    maps = [torch.from_numpy(padded)[None, None], *encoder.backbone.encode(torch.from_numpy(padded)[None, None])]
+    maps = [2 * torch.from_numpy(padded)[None, None], *encoder.backbone.encode(torch.from_numpy(padded)[None, None])]
     row = corners.tolist().index([8, 4, 0])
     at = 0
     for map_ in maps[:3]:  # of 16, 8 and 4 cells along the first axis

@@ -67,12 +67,14 @@ class PreparedImage:
         return tuple(slice(s, s + n) for s, n in zip(self.crop_start, self.crop_shape, strict=True))
 
 
-def prepare_image(canonical: Volume, plan: Plan) -> PreparedImage:
+def prepare_image(canonical: Volume, plan: Plan, clip: bool = True) -> PreparedImage:
     """Crops, resamples and normalises a volume that is in RAS orientation.
 
     Args:
         canonical: the volume, checked (finite, not constant).
         plan: spacing, normalisation and window.
+        clip: limit intensities to the plan's range. Without, the scale is the same and what is outside stays: a bright
+            spot of less than half a percent of the volume shows only then.
     """
     array = np.asarray(canonical.array, dtype=np.float32)
     if plan.n4 and plan.normalise != "ct":
@@ -86,12 +88,13 @@ def prepare_image(canonical: Volume, plan: Plan) -> PreparedImage:
     extent = np.asarray(cropped.shape) * canonical.spacing
     shape = np.maximum(np.round(extent / plan.spacing), 1).astype(int).tolist()
     image = np.clip(resample_linear(np.clip(cropped, low, high), shape), low, high)
+    shown = image if clip else resample_linear(cropped, shape)
     if plan.normalise == "ct":
-        image = 2 * (image - low) / (high - low) - 1
+        image = 2 * (shown - low) / (high - low) - 1
     else:
         body = image[image > threshold]
         body = body if body.size and body.std() > 0 else image
-        image = (image - body.mean()) / max(float(body.std()), 1e-6 * float(high - low))
+        image = (shown - body.mean()) / max(float(body.std()), 1e-6 * float(high - low))
     affine = np.array(canonical.affine, dtype=float)
     affine[:3, 3] += affine[:3, :3] @ np.asarray(start, float)
     return PreparedImage(

@@ -160,7 +160,7 @@ def of_volume(bag: Bag, encoder: InstanceEncoder, plan: Plan | None, config: MIL
     multiple, meta = encoder.backbone.multiple, {"plan": json.dumps(dataclasses.asdict(plan))}
     if config.instances == "cells":
         size = config.sub_volume or encoder.backbone.reductions[min(1, len(encoder.backbone.reductions) - 1)]
-        h, corners = cells_of_volume(image, encoder, size, device)
+        h, corners = cells_of_volume(image, prepare_image(canonical, plan, clip=False).image, encoder, size, device)
         name = f"{encoder.identity}:cells-{'x'.join(map(str, size))}"
         return Features(h, corners, name, {**meta, "size": list(size)})
     if config.instances == "slices":  # as thin as the encoder can see: one voxel for a slice-wise one
@@ -175,13 +175,14 @@ def of_volume(bag: Bag, encoder: InstanceEncoder, plan: Plan | None, config: MIL
 
 @torch.no_grad()
 def cells_of_volume(
-    image: np.ndarray, encoder: VolumeEncoder, size: tuple[int, int, int], device: str
+    image: np.ndarray, intensity: np.ndarray, encoder: VolumeEncoder, size: tuple[int, int, int], device: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features (K, M) of a prepared volume's cells, and their corners (K, 3); cells without contrast are left out."""
     whole = [math.lcm(m, s) for m, s in zip(encoder.backbone.multiple, size, strict=True)]
     pad = [(0, -n % w) for n, w in zip(image.shape, whole, strict=True)]
-    padded = np.pad(image, pad, mode="edge").astype(np.float32)
-    h = encoder.cells(torch.from_numpy(padded)[None, None].to(device), size).cpu().numpy()
+    padded, raw = (np.pad(each, pad, mode="edge").astype(np.float32) for each in (image, intensity))
+    tensors = [torch.from_numpy(each)[None, None].to(device) for each in (padded, raw)]
+    h = encoder.cells(tensors[0], size, tensors[1]).cpu().numpy()
     grid = [n // s for n, s in zip(padded.shape, size, strict=True)]
     corners = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), axis=-1).reshape(-1, 3) * np.array(size)
     blocks = padded.reshape(grid[0], size[0], grid[1], size[1], grid[2], size[2])

@@ -72,19 +72,20 @@ class VolumeEncoder(InstanceEncoder):
         self.backbone = backbone
         self.identity = f"{backbone.spec.name}:{digest(backbone)}:mean-max"
 
-    def cells(self, volume: Tensor, size: tuple[int, int, int]) -> Tensor:
+    def cells(self, volume: Tensor, size: tuple[int, int, int], intensity: Tensor) -> Tensor:
         """Features of a grid of cells over a whole volume, which is encoded once: (cells, M), the last axis fastest.
 
-        Of the volume itself and of every map finer than the grid the mean and the maximum in a cell; of coarser maps
+        Of the intensities and of every map finer than the grid the mean and the maximum in a cell; of coarser maps
         the value at its centre. So a cell knows what is in it and what lies around it.
 
         Args:
             volume: (1, 1, D, H, W), each a multiple of the encoder's stride and of `size`.
             size: voxels of a cell.
+            intensity: the same volume without its intensities clipped, as the encoder must not see it.
         """
         grid = [n // s for n, s in zip(volume.shape[2:], size, strict=True)]
         parts = []
-        for map_ in [volume, *self.backbone.encode(volume)]:
+        for map_ in [intensity, *self.backbone.encode(volume)]:
             if all(have % want == 0 for have, want in zip(map_.shape[2:], grid, strict=True)):
                 window = [have // want for have, want in zip(map_.shape[2:], grid, strict=True)]
                 parts.append(F.avg_pool3d(map_, window))
