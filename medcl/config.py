@@ -89,6 +89,8 @@ class PretrainConfig:
         lr: peak learning rate.
         weight_decay: AdamW weight decay.
         warmup: share of the steps over which the learning rate rises linearly.
+        rank_weight: weight of a term that keeps the features from falling into few directions (their coding rate); 0
+            trains by the task's own loss alone.
         seed: seed of the weights, crops and augmentation.
         precision: auto, 32, bf16 or 16; auto takes bf16 where the hardware multiplies in it, else 16 on a GPU and
             32 on a CPU.
@@ -124,6 +126,7 @@ class PretrainConfig:
     lr: float = 5e-4
     weight_decay: float = 0.01
     warmup: float = 0.05
+    rank_weight: float = 0.0
     seed: int = 0
     precision: str = "auto"
     accelerator: str = "auto"

@@ -46,7 +46,7 @@ def parse(command: str, positional: Sequence[str], config_name: str, args: list[
         parsed: Namespace = parser.parse_args(flags)
     except Exception as error:  # jsonargparse and argparse raise several kinds
         raise MedclError(_tidy(str(error)), f"medcl {command}", f"See medcl {command} --help.") from None
-    values = {k: v for k, v in parsed.as_dict().items() if k in fields}
+    values = {k: _nested(v) if k == "options" else v for k, v in parsed.as_dict().items() if k in fields}
     return from_mapping(kind, values, f"medcl {command}")
 
 
@@ -98,6 +98,20 @@ def _take_values(rest: list[str]) -> list[str]:
 def _as_list(values: list[str]) -> str:
     numbers = all(re.fullmatch(r"[-+.\deE]+", value) for value in values)
     return "[" + ", ".join(value if numbers else repr(value) for value in values) + "]"
+
+
+def _nested(options: Any) -> Any:
+    """Options of a task's parts, `--options.global_contrast.temperature 0.2`, which jsonargparse leaves as text."""
+    import yaml
+
+    def typed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: typed(inner) for name, inner in value.items()}
+        return yaml.safe_load(value) if isinstance(value, str) else value
+
+    if not isinstance(options, dict):
+        return options
+    return {name: typed(value) if isinstance(value, dict) else value for name, value in options.items()}
 
 
 def _check_files(flags: list[str], fields: dict[str, Any], command: str) -> None:

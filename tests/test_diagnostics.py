@@ -11,9 +11,11 @@ import torch
 
 import medcl
 from medcl import PretrainConfig
+from medcl.checkpoint import load_weights
 from medcl.data.phantom import write_phantoms
 from medcl.errors import MedclError
 from medcl.evaluation.probe import ProbeData, left_out, neighbours, probe, ridge
+from medcl.losses.coding_rate import unused_rate
 from medcl.losses.diagnostics import (
     RankMemory,
     alignment,
@@ -129,10 +131,8 @@ def collapsing(monkeypatch):
 
 def config(phantoms, out, **changes):
     options = {"size": [8, 8, 8], "hidden": 16, "embedding": 8, "rotate_deg": 0.0, "scale": [1.0, 1.0]}
-    return PretrainConfig(
-        str(phantoms), str(out), task="simclr", options=options, width=4, steps=130, store=str(out.parent / "store"),
-        **changes,
-    )  # fmt: skip
+    given = {"task": "simclr", "options": options, "width": 4, "steps": 130, "store": str(out.parent / "store")}
+    return PretrainConfig(str(phantoms), str(out), **(given | changes))
 
 
 def test_a_collapsed_run_says_so_and_stops_if_asked(phantoms, tmp_path, monkeypatch):
@@ -195,3 +195,50 @@ def test_the_probe_finds_what_the_image_shows_and_no_more():
     shuffled = tuple(c[torch.randperm(len(c))] for c in classes)
     chance = probe(backbone, ProbeData(data.images, data.voxels, shuffled, shares, data.subject))
     assert chance["probe_voxel_linear"] < 0.65 and chance["probe_voxel_knn"] < 0.65
+
+
+@pytest.mark.parametrize("n,d", [(6, 20), (20, 6), (9, 9)])
+def test_the_unused_rate_equals_its_definition_and_its_ends(n, d):
+    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(n))
+    unit = rows.double().numpy() / np.linalg.norm(rows.double().numpy(), axis=1, keepdims=True)
+
+    def rate(eigenvalues) -> float:
+        return sum(0.5 * math.log(1 + d / (n * 0.25) * value) for value in eigenvalues)
+
+    most = rate([n / min(n, d)] * min(n, d))
+    assert float(unused_rate(rows)) == pytest.approx(1 - rate(np.linalg.eigvalsh(unit.T @ unit)) / most, abs=1e-5)
+    even = torch.eye(d).repeat(math.ceil(n / d), 1)[: n if n <= d else n // d * d]
+    assert float(unused_rate(3 * even)) == pytest.approx(0, abs=1e-5)
+    same = torch.ones(n, d).requires_grad_()
+    collapsed = unused_rate(same)
+    assert collapsed > 0.6
+    collapsed.backward()
+    assert bool(same.grad.isfinite().all())
+
+
+def test_the_unused_rate_is_float32_under_autocast_and_pushes_rows_apart():
+    rows = (torch.ones(12, 30) + 0.1 * torch.randn(12, 30, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    optimizer, before = torch.optim.SGD([rows], 3.0), effective_rank(rows.detach())
+    for _ in range(50):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = unused_rate(rows)
+        assert value.dtype == torch.float32
+        value.backward()
+        optimizer.step()
+    assert effective_rank(rows.detach()) > 2 * before
+    assert float(unused_rate(torch.ones(1, 4))) == 0
+
+
+def test_ranks_before_and_after_are_of_the_same_reads_and_leave_no_trace(phantoms, tmp_path, monkeypatch):
+    short = {"steps": 4, "checkpoint_every": 2, "rank_weight": 0.5}
+    run = medcl.pretrain(config(phantoms, tmp_path / "looked", **short))
+    ends = read_metrics(run)[-1]
+    assert ends["rank_before"] > 1 and ends["rank_after"] > 1 and "unused_rate" in ends
+    still = read_metrics(medcl.pretrain(config(phantoms, tmp_path / "still", **short, lr=1e-12)))[-1]
+    assert still["rank_after"] == pytest.approx(still["rank_before"], rel=1e-3)
+    assert still["rank_before"] == ends["rank_before"]
+    monkeypatch.setattr(Watch, "rank_of_unseen", lambda *_: None)
+    other = medcl.pretrain(config(phantoms, tmp_path / "not", **short))
+    one, two = (load_weights(folder)[1] for folder in (run, other))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())

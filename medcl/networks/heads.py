@@ -20,6 +20,13 @@ def pooled_pyramid(features: Sequence[Tensor]) -> Tensor:
     return torch.cat([feature.flatten(2).mean(2) for feature in features], dim=1)
 
 
+def some_voxels(feature: Tensor, count: int = 8) -> Tensor:
+    """Features (B * count, C) at voxels spread evenly over the numbering of a map (B, C, D, H, W)."""
+    rows = feature.flatten(2)
+    places = torch.linspace(0, rows.shape[2] - 1, count + 2, device=rows.device).round().long()[1:-1]
+    return rows[:, :, places].mT.flatten(0, 1).float()
+
+
 class JoinedBatchNorm(nn.Module):
     """Batch norm (N, d) by the statistics of all ranks' rows together; no affine part and no running statistics.
 

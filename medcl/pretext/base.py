@@ -18,6 +18,7 @@ from medcl.config import from_mapping
 from medcl.data.crops import Anywhere, Places
 from medcl.data.plan import Plan
 from medcl.errors import MedclError
+from medcl.losses.coding_rate import unused_rate
 from medcl.networks.backbones import Backbone
 from medcl.networks.ranks import gather_rows, world_size
 
@@ -31,7 +32,7 @@ REMEDIES = {
     "collapsed": "All views look the same to it: raise --options.momentum, or lower --lr.",
     "interpolated": "It continues what is visible and knows no anatomy yet: try more --steps, a higher "
     "--options.ratio or a larger --options.block.",
-    "rank": "Fewer and fewer directions are used: lower --lr, raise --batch_size, or stop earlier.",
+    "rank": "Fewer and fewer directions are used: raise --rank_weight (0.1 to 1), lower --lr, or raise --batch_size.",
 }
 
 
@@ -98,7 +99,8 @@ class PretextTask(nn.Module, ABC):
 
         Returns:
             Embeddings, (rows, ..., d) each, and marks: whatever else the objective needs (ids, labels, coordinates),
-            (rows, ...) each. Rows of several ranks are joined along the first dimension of each tensor.
+            (rows, ...) each. Rows of several ranks are joined along the first dimension of each tensor. The mark
+            `features` (rows, D) is what the heads were given, with its gradient: the representation that is kept.
         """
 
     @abstractmethod
@@ -119,6 +121,11 @@ class PretextTask(nn.Module, ABC):
     def loss(self, views: Tensors) -> Tensors:
         """`loss` of a step, and further scalars to log."""
         return self.objective(*self.joined(views))
+
+    def unused_rate(self, marks: Tensors) -> Tensor:
+        """Share of the features' coding rate that is not used, of all ranks' rows; see `medcl.losses.coding_rate`."""
+        rows = [r if self.gathers else gather_rows(r) for r in kept_features(marks)]
+        return torch.stack([unused_rate(r) for r in rows]).mean() if rows else torch.zeros(())
 
     @torch.no_grad()
     def trivial(self, z: Tensors, marks: Tensors) -> dict[str, float]:
@@ -171,3 +178,8 @@ class PretextTask(nn.Module, ABC):
     def resolved(self) -> dict[str, Any]:
         """The options with every default filled in."""
         return dataclasses.asdict(self.options)
+
+
+def kept_features(marks: Tensors) -> list[Tensor]:
+    """The marks named `features`, those of the parts of a task included."""
+    return [rows for name, rows in marks.items() if name.split(".")[-1] == "features"]

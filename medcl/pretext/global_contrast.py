@@ -109,7 +109,7 @@ class GlobalContrast(PretextTask):
         pixels = enlarged(views["view"].flatten(0, 1), self.input_size)
         features = pooled_pyramid(self.backbone.encode(pixels))
         z = self.projection_head(features).float()
-        marks = {"volume": views["volume"], "partition": views["partition"], "features": features.detach().float()}
+        marks = {"volume": views["volume"], "partition": views["partition"], "features": features.float()}
         return {"z": z.view(n, versions, -1)}, marks
 
     def masks(self, z: Tensors, marks: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ from medcl.data.plan import Plan
 from medcl.errors import MedclError
 from medcl.losses.local_contrast import STRATEGIES, local_loss, local_masks, nearest_apart, region_corners
 from medcl.networks.backbones import Backbone
-from medcl.networks.heads import PointwiseHead
+from medcl.networks.heads import PointwiseHead, some_voxels
 from medcl.pretext.base import Pairs, PretextTask, Tensors, Triple
 from medcl.pretext.checks import Checks
 from medcl.pretext.global_contrast import check_partitions
@@ -146,12 +146,13 @@ class LocalContrast(PretextTask):
         pixels = enlarged(views["view"].flatten(0, 1), self.input_size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.options.freeze_encoder):
             features = self.backbone.encode(pixels)
-        decoded = self.head(self.backbone.decode(features, self.blocks))
+        dense = self.backbone.decode(features, self.blocks)
+        decoded = self.head(dense)
         decoded = decoded.view(n, 2, *decoded.shape[1:])
         points, inside = self.corresponding(views["matrix"], views["origin"])
         z = torch.stack([self._regions(decoded[:, view], points[:, view]) for view in range(2)], dim=1)
         marks = {"valid": inside, "volume": views["volume"], "partition": views["partition"]}
-        return {"z": z}, marks
+        return {"z": z}, {**marks, "features": some_voxels(dense)}
 
     def corresponding(self, matrix: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
         """Where the voxels of the first view's regions lie on both maps (N, 2, R, V, 3); inside the second? (N, R)."""
@@ -183,7 +184,7 @@ class LocalContrast(PretextTask):
     def pairs(self, views: Tensors, z: Tensors, marks: Tensors) -> Pairs:
         masks = local_masks(self.options.strategy, self.near, marks["valid"], marks["volume"], marks["partition"])
         positive, negative = (mask | mask.mT for mask in masks)
-        return Pairs(z["z"].flatten(0, 2), positive, negative)
+        return Pairs(z["z"].flatten(0, 2), positive, negative, marks["features"])
 
 
 def decoder_depth(backbone: Backbone, blocks: int | None, default: int = 3) -> int:

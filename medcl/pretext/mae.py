@@ -126,7 +126,7 @@ class MAE(PretextTask):
             "hidden": hidden,
             "image": image,
             "seen": seen,
-            "features": pooled_pyramid(features).detach().float(),
+            "features": pooled_pyramid(features).float(),
         }
         return {"prediction": prediction}, marks
 

@@ -18,7 +18,7 @@ from medcl.errors import MedclError
 from medcl.losses.dense import close_pairs, dense_contrast, propagate, propagation_loss
 from medcl.networks.backbones import Backbone
 from medcl.networks.ema import MomentumTeacher, cosine_momentum
-from medcl.networks.heads import PointwiseHead
+from medcl.networks.heads import PointwiseHead, some_voxels
 from medcl.pretext.base import Pairs, PretextTask, Tensors
 from medcl.pretext.checks import Checks
 from medcl.pretext.sizes import enlarged, network_input, view_size
@@ -121,23 +121,22 @@ class PixPro(PretextTask):
     def embed(self, views: Tensors) -> tuple[Tensors, Tensors]:
         pixels = enlarged(views["view"].flatten(0, 1), self.input_size)
         taught: Any = self.teacher.module
-        x = self._dense(self.backbone, self.head, pixels)
-        with torch.no_grad():
-            z = {"teacher": self._dense(taught["backbone"], taught["head"], pixels)}
-        if self.transform is None:
-            z["student"] = x
-        else:
+        x, features = self._dense(self.backbone, self.head, pixels)
+        z = {"student": x}  # first: diagnostics look at it
+        if self.transform is not None:
             rows = x.flatten(0, 1)
             z["student"] = propagate(rows, self.transform(rows), self.options.gamma).view_as(x)
+        with torch.no_grad():
+            z["teacher"] = self._dense(taught["backbone"], taught["head"], pixels)[0]
         diagonal = views["diagonal"].amax(1)
         close = close_pairs(views["mm"][:, 0], views["mm"][:, 1], diagonal, self.options.distance)
-        return z, {"close": close, "features": x.detach().mean(2).flatten(0, 1)}
+        return z, {"close": close, "features": features}
 
-    def _dense(self, backbone: Backbone, head: nn.Module, pixels: Tensor) -> Tensor:
-        """Embeddings (N, 2, P, d) of views (2 N, 1, *input_size)."""
+    def _dense(self, backbone: Backbone, head: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (N, 2, P, d) of views (2 N, 1, *input_size), and some voxels of the map that they come from."""
         features = backbone.encode(pixels)
-        dense = head(backbone.decode(features, self.blocks) if self.blocks else features[-1])
-        return dense.flatten(2).mT.float().unflatten(0, (-1, 2))
+        dense = backbone.decode(features, self.blocks) if self.blocks else features[-1]
+        return head(dense).flatten(2).mT.float().unflatten(0, (-1, 2)), some_voxels(dense)
 
     def objective(self, z: Tensors, marks: Tensors) -> Tensors:
         student, teacher, close = z["student"], z["teacher"], marks["close"]

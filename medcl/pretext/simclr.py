@@ -88,7 +88,7 @@ class SimCLR(PretextTask):
         n = len(features) // 2
         z = self.projection_head(features).float()
         # a row of both tensors belongs to one read, so that rows of several ranks can be joined
-        marks = {"volume": views["volume"][:n], "features": features.detach().float()}
+        marks = {"volume": views["volume"][:n], "features": features.float()}
         return {"z": torch.stack([z[:n], z[n:]], dim=1)}, marks
 
     def objective(self, z: Tensors, marks: Tensors) -> Tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from medcl.checkpoint import Contract, load_weights, save_weights, transfer
 from medcl.config import PretrainConfig
 from medcl.data.case import Manifest
-from medcl.data.crops import ReadDataset, StepBatches, crop_loader, join_reads
+from medcl.data.crops import Partitions, ReadDataset, StepBatches, crop_loader, join_reads
 from medcl.data.plan import Plan
 from medcl.data.prepare import Stored
 from medcl.data.splits import Split, begun_split, cases_of, make_split
@@ -40,6 +41,11 @@ from medcl.training import (
 )
 
 TIMED_STEPS = 3
+UNSEEN = 2**40  # a read of this number or above is of no training step
+
+
+def without_gradient(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 class PretextModule(pl.LightningModule):
@@ -68,14 +74,32 @@ class PretextModule(pl.LightningModule):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             views = self.task.views(batch)
         z, marks = self.task.joined(views)
-        self.seen = {"views": views, "z": {name: rows.detach() for name, rows in z.items()}, "marks": marks}
-        return self.task.objective(z, marks)
+        self.seen = {"views": views, "z": without_gradient(z), "marks": without_gradient(marks)}
+        losses = self.task.objective(z, marks)
+        if self.config.rank_weight:
+            losses["unused_rate"] = self.task.unused_rate(marks)
+        return losses
 
-    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+    def cost(self, losses: dict[str, Tensor]) -> Tensor:
+        """What is minimised: the task's loss, and the term that keeps the features' rank."""
+        return losses["loss"] + self.config.rank_weight * losses.get("unused_rate", 0.0)
+
+    def rows_of(self, number: int) -> dict[str, Tensor]:
+        """Marks of one step's reads that training does not draw, as the task stands: for diagnostics."""
+        first = UNSEEN + number * self.config.batch_size
+        batch = join_reads([self.dataset[first + i] for i in range(self.config.batch_size)])
+        with torch.no_grad():
+            batch = self.transfer_batch_to_device(batch, self.device, 0)
+            with torch.autocast(self.device.type, enabled=False):
+                views = self.task.views(batch)
+            return self.task.embed(views)[1]
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
         losses = self.losses(batch)
+        loss = losses["loss"].detach()
         rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         self.log_dict({**{k: v.detach() for k, v in losses.items()}, "lr": rate}, batch_size=len(batch["image"]))
-        return losses["loss"]
+        return {"loss": self.cost(losses), "objective": loss}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -143,6 +167,7 @@ def pretrain(config: PretrainConfig) -> Path:
     if taken:
         log.info("%s: %s.", config.init, taken)
     task.check(len({item.case.subject for item in stored}), config.batch_size)
+    tell_small_volumes(stored, task)
     dataset = ReadDataset([item.path for item in stored], task.read_size, config.seed, task.places)
     module = PretextModule(task, dataset, config)
     size = sum(p.numel() for p in task.backbone.encoder_parameters()) / 1e6
@@ -179,6 +204,8 @@ def check(config: PretrainConfig) -> None:
     for name in ("steps", "batch_size", "checkpoint_every"):
         if getattr(config, name) < 1:
             raise MedclError(f"{getattr(config, name)} is not positive", f"--{name}", "Give at least 1.")
+    if not 0 <= config.rank_weight < math.inf:
+        raise MedclError(f"{config.rank_weight} is no weight", "--rank_weight", "Give 0 or more.")
     if config.lr <= 0:
         raise MedclError(f"{config.lr} is not positive", "--lr", "Give a positive number.")
     if not 0 <= config.warmup < 1:
@@ -187,6 +214,22 @@ def check(config: PretrainConfig) -> None:
         raise MedclError(f"unknown subjects {config.subjects!r}", "--subjects", "Use auto or all.")
     if min(config.seed, config.workers, config.probe, config.probe_every) < 0:
         raise MedclError("negative", "--seed, --workers, --probe or --probe_every", "Give 0 or more.")
+
+
+def tell_small_volumes(stored: list[Stored], task: PretextTask) -> None:
+    """Says how many volumes a read does not fit into: what is missing repeats their edge."""
+    shapes = [open_volume(item.path).shape for item in stored]
+    small = sum(any(n < r for n, r in zip(shape, task.read_size, strict=True)) for shape in shapes)
+    if small:
+        size = " x ".join(map(str, task.read_size))
+        log.info("%d of %d volumes are smaller than a read of %s voxels; there their edge is repeated.",
+                 small, len(stored), size)  # fmt: skip
+    if isinstance(task.places, Partitions):
+        grid = task.places.grid
+        thin = sum(any(n < g for n, g in zip(shape, grid, strict=True)) for shape in shapes)
+        if thin:
+            log.warning("%d of %d volumes have fewer voxels along an axis than there are partitions (%s): several of "
+                        "theirs show the same.", thin, len(stored), " x ".join(map(str, grid)))  # fmt: skip
 
 
 def choose_subjects(manifest: Manifest, config: PretrainConfig) -> tuple[tuple[str, ...], Split | None]:
@@ -209,7 +252,7 @@ def timed_step(module: PretextModule, accelerator: str, precision: str) -> float
             batch = join_reads([module.dataset[number] for number in numbers])
             with autocast(precision, accelerator):
                 losses = module.losses(module.transfer_batch_to_device(batch, device, 0))
-            losses["loss"].backward()
+            module.cost(losses).backward()
             if accelerator == "gpu":
                 torch.cuda.synchronize()
             spent = time.perf_counter() - began

@@ -147,7 +147,7 @@ class VoCo(PretextTask):
                 seen = pooled_pyramid(nets["backbone"].encode(pixels)) if "backbone" in nets else features
                 z["teacher"] = nets["head"](seen)
         z = {name: rows.float().view(batch, -1, rows.shape[-1]) for name, rows in z.items()}
-        return z, {"labels": views["labels"], "volume": views["volume"], "features": features.detach().float()}
+        return z, {"labels": views["labels"], "volume": views["volume"], "features": features.float()}
 
     def objective(self, z: Tensors, marks: Tensors) -> Tensors:
         return voco_loss(

@@ -12,9 +12,9 @@ import torch
 
 from medcl.errors import MedclError
 from medcl.losses.diagnostics import MEANING, RankMemory, describe_pairs
-from medcl.pretext.base import PretextTask
+from medcl.pretext.base import PretextTask, kept_features
 from medcl.run import log
-from medcl.training import LAST
+from medcl.training import LAST, preserved
 
 NEAR = 0.02  # of a trivial value: a loss this near to it, and moving by less than this, stands at it
 SPREAD = 0.2  # below it embeddings count as equal
@@ -48,19 +48,53 @@ class Watch(pl.Callback):
         self.first_rank: float | None = None
         self.best_rank, self.last_rank = 0.0, float("nan")
         self.last_spread = 1.0
+        self.rank_before: float | None = None  # of the same reads before and after training
+        self.rank_after: float | None = None
+        self.fresh = True  # no step of this stage yet
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": self.first_rank, "best": self.best_rank, "warned": sorted(self.warned)}
+        return {
+            "first": self.first_rank, "best": self.best_rank, "before": self.rank_before, "warned": sorted(self.warned),
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.first_rank, self.best_rank = state["first"], state["best"]
+        self.rank_before, self.fresh = state.get("before"), False
         self.warned = set(state["warned"])
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         trainer.logger.together("loss and trivial solutions", "loss", "trivial_constant", "trivial_orthogonal")  # type: ignore
 
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
+        if self.fresh and hasattr(module, "rows_of"):
+            self.rank_before = self.rank_of_unseen(trainer, module)
+        self.fresh = False
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if self.rank_before is not None and trainer.global_step >= self.steps:
+            self.rank_after = self.rank_of_unseen(trainer, module)
+            ends = {"rank_before": self.rank_before, "rank_after": self.rank_after}
+            trainer.logger.log_metrics(ends, trainer.global_step - 1)  # type: ignore[union-attr]
+
+    def rank_of_unseen(self, trainer: pl.Trainer, module: Any) -> float | None:
+        """Effective rank of the features of 256 rows, of reads that no training step draws; the same at every call.
+
+        As the task stands: before the first step it is what random weights give. Leaves no trace.
+        """
+        memory = RankMemory()
+        with preserved(module), trainer.precision_plugin.train_step_context():
+            for number in range(memory.size):
+                torch.manual_seed(number)  # dropout
+                rows = kept_features(module.rows_of(number))
+                if not rows:
+                    return None
+                memory.add(rows[0])
+                if (rank := memory.rank()) is not None:
+                    return rank
+        return None
+
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        loss = outputs.get("objective", outputs["loss"]) if isinstance(outputs, dict) else outputs
         z, marks = module.seen["z"], module.seen["marks"]
         if self.stage and self.stage != tuple(z):
             self.forget(tuple(z))
@@ -68,7 +102,7 @@ class Watch(pl.Callback):
         self.losses.append(loss.detach())  # no number yet: that would wait for the device at every step
         embeddings = next(iter(z.values())).flatten(0, -2)
         self.embeddings.add(embeddings)
-        self.features.add(marks.get("features", embeddings))
+        self.features.add(next(iter(kept_features(marks)), embeddings))
         if trainer.global_step % self.every and trainer.global_step < self.steps:
             return
         values = self.look(module.seen["views"], z, marks, trainer.global_step)
@@ -129,7 +163,7 @@ class Watch(pl.Callback):
     def tell(self, trainer: pl.Trainer, name: str, message: str) -> None:
         if self.stop:
             trainer.save_checkpoint(trainer.default_root_dir + "/" + LAST)
-            raise MedclError(message.rstrip("."), f"step {trainer.global_step}", "Or leave out --stop_on_collapse.")
+            raise MedclError(message.rstrip("."), f"step {trainer.global_step}", "Or leave out --stop-on-collapse.")
         if name not in self.warned:
             self.warned.add(name)
             log.warning("Step %d: %s", trainer.global_step, message)
@@ -141,5 +175,8 @@ class Watch(pl.Callback):
         loss = statistics.median(float(loss) for loss in self.losses)
         lines = {name: statistics.median(values) for name, values in self.trivial.items()}
         against = ", ".join(f"{value:.3g} {MEANING.get(name, name)}" for name, value in lines.items())
-        ranks = f"effective rank of the features {self.first_rank:.3g} early, {self.last_rank:.3g} at the end"
+        if self.rank_before is not None and self.rank_after is not None:
+            ranks = f"effective rank of the features {self.rank_before:.3g} before and {self.rank_after:.3g} after"
+        else:
+            ranks = f"effective rank of the features {self.first_rank:.3g} early, {self.last_rank:.3g} at the end"
         return f"Loss {loss:.3g} at the end, against {against}; {ranks}."

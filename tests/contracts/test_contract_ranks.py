@@ -13,9 +13,12 @@ from battery import build, views_of
 from recipes import Case, cases
 from torch import Tensor
 
+from medcl.pretext.base import PretextTask
+
 RANKS = 2
 PER_RANK = 2  # volumes
 RUNS = cases(("unet",))
+STAGES = Case("global_local", "unet", (("mode", "stagewise"),))
 
 
 def gradients(case: Case, volumes: range) -> tuple[float, dict[str, Tensor]]:
@@ -23,6 +26,36 @@ def gradients(case: Case, volumes: range) -> tuple[float, dict[str, Tensor]]:
     loss = task.loss(views_of(task, volumes))["loss"]
     loss.backward()
     return float(loss.detach()), {n: p.grad for n, p in task.named_parameters() if p.grad is not None}
+
+
+class Loss(torch.nn.Module):
+    """A task whose forward is its loss, which is what data-parallel training wraps."""
+
+    def __init__(self, task: PretextTask):
+        super().__init__()
+        self.task = task
+
+    def forward(self, views: dict[str, Tensor]) -> Tensor:
+        z, marks = self.task.joined(views)
+        return self.task.objective(z, marks)["loss"] + self.task.unused_rate(marks)
+
+
+def staged(rank: int | None) -> list[dict[str, Tensor]]:
+    """Weights after two steps of each stage, the rank term included: on one rank of two, or (None) alone."""
+    task = build(STAGES)
+    wrapped = Loss(task)
+    if rank is not None:  # each stage leaves parameters without gradient
+        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, find_unused_parameters=True)  # type: ignore
+    volumes = range(RANKS * PER_RANK) if rank is None else range(rank * PER_RANK, (rank + 1) * PER_RANK)
+    optimizer = torch.optim.SGD(task.parameters(), 0.05, weight_decay=0.1)
+    weights = []
+    for progress in (0.25, 0.5, 0.75, 1.0):
+        optimizer.zero_grad()
+        wrapped(views_of(task, volumes)).backward()
+        optimizer.step()
+        task.after_step(progress)
+        weights.append({name: p.detach().clone() for name, p in task.named_parameters()})
+    return weights
 
 
 def work(rank: int, folder: str) -> None:
@@ -40,6 +73,11 @@ def work(rank: int, folder: str) -> None:
         except Exception:
             results[str(case)] = traceback.format_exc()
             break  # the ranks are no longer in step
+    else:
+        try:
+            results["stages"] = staged(rank)
+        except Exception:
+            results["stages"] = traceback.format_exc()
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     dist.destroy_process_group()
@@ -71,3 +109,15 @@ def test_the_gradient_of_a_rank_alone_is_another_one(case):
     _, first = gradients(case, range(PER_RANK))
     a, b = (torch.cat([g.flatten() for g in grads.values()]) for grads in (whole, first))
     assert float((a - b).norm() / a.norm()) > 1e-2
+
+
+def test_stages_on_two_ranks_are_those_of_one_with_the_joined_batch(joint_results):
+    joint = joint_results["stages"]
+    assert not isinstance(joint, str), joint
+    alone = staged(None)
+    for step, (ours, theirs) in enumerate(zip(joint, alone, strict=True)):
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-6, msg=f"step {step}: {name}")
+    encoder = [n for n in joint[0] if n.removeprefix("backbone.net.") in build(STAGES).backbone.tensor_names("encoder")]
+    assert encoder and all(torch.equal(joint[1][name], joint[3][name]) for name in encoder)  # frozen, not decayed
+    assert any(not torch.equal(joint[0][name], joint[1][name]) for name in encoder)
