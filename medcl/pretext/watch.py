@@ -73,8 +73,9 @@ class Watch(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         if self.rank_before is not None and trainer.global_step >= self.steps:
             self.rank_after = self.rank_of_unseen(trainer, module)
-            ends = {"rank_before": self.rank_before, "rank_after": self.rank_after}
-            trainer.logger.log_metrics(ends, trainer.global_step - 1)  # type: ignore[union-attr]
+            for name, rank in (("rank_before", self.rank_before), ("rank_after", self.rank_after)):
+                if rank is not None:
+                    trainer.logger.log_metrics({name: rank}, trainer.global_step - 1)  # type: ignore[union-attr]
 
     def rank_of_unseen(self, trainer: pl.Trainer, module: Any) -> float | None:
         """Effective rank of the features of 256 rows, of reads that no training step draws; the same at every call.
@@ -94,7 +95,8 @@ class Watch(pl.Callback):
         return None
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
-        loss = outputs.get("objective", outputs["loss"]) if isinstance(outputs, dict) else outputs
+        # with a term beside the task's own loss, that is what compares with the trivial solutions
+        loss = outputs["objective" if "objective" in outputs else "loss"] if isinstance(outputs, dict) else outputs
         z, marks = module.seen["z"], module.seen["marks"]
         if self.stage and self.stage != tuple(z):
             self.forget(tuple(z))
