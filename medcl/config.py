@@ -110,7 +110,7 @@ class PretrainConfig:
 
     source: str
     out: str
-    task: str = "voco"
+    task: str = "pixcontrast"
     options: dict[str, Any] = field(default_factory=dict)
     backbone: str = "unet"
     width: int = 0
@@ -123,7 +123,7 @@ class PretrainConfig:
     init: str = "none"
     steps: int = 800
     batch_size: int = 4
-    lr: float = 5e-4
+    lr: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.05
     rank_weight: float = 0.0

@@ -22,8 +22,6 @@ from medcl import CompareConfig, EvaluateConfig, FinetuneConfig, PretrainConfig,
 # subjects of one protocol, as a clinic has them; slices of every third are two or three times thicker
 SUBJECTS, SHAPE, T1 = 120, (40, 36, 36), 0.15
 LABELS, DRAWS = "2", 3
-# voxels of two views against all others, on the map of the first decoder block
-DENSE = {"form": "contrast", "temperature": 0.1, "blocks": 1}
 
 
 def one_run(config: FinetuneConfig) -> str:
@@ -46,9 +44,7 @@ def main(out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)  # a demo starts over
     scans = str(write_phantoms(out / "scans", SUBJECTS, shape=SHAPE, weighting=T1))
     store, encoder = str(out / "store"), str(out / "pretrained")
-    medcl.pretrain(
-        PretrainConfig(scans, encoder, task="pixpro", options=DENSE, steps=500, lr=1e-3, store=store)
-    )  # fmt: skip
+    medcl.pretrain(PretrainConfig(scans, encoder, steps=500, store=store))
 
     # short, so that all of it takes minutes; the same for both arms
     jobs = [

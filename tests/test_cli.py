@@ -83,7 +83,8 @@ def test_every_recipe_is_understood(recipe):
     words = 2 if recipe.stem.startswith("mil") else 1
     command = " ".join(recipe.stem.split("_")[:words])
     _, positional, kind, _ = cli.COMMANDS[command]
-    parse(command, positional, kind, ["SOURCE", "--out", "o", "--config", str(recipe)])
+    loose = [str(recipe), "SOURCE"] if "config" in positional else ["SOURCE", "--config", str(recipe)]
+    parse(command, positional, kind, [*loose, "--out", "o"])
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,6 @@ def test_scan_then_pretrain_on_a_folder_with_bad_volumes(tmp_path, phantoms, cap
     for name in (files[0].name, files[1].name, "constant.nii.gz", "flat.nii.gz", "fourd.nii.gz"):
         assert name in shown
     out = tmp_path / "run"
-    options = ["--options.hidden", "8", "--options.embedding", "4", "--options.crops", "2"]
+    options = ["--options.hidden", "8", "--options.embedding", "4"]
     assert cli.main(["pretrain", str(folder), "--out", str(out), "--steps", "2", "--width", "4", *options]) == 0
     assert list((out / "weights").glob("*.safetensors")) and (out / "report.html").exists()

@@ -10,12 +10,13 @@ import pytest
 import yaml
 
 import medcl
-from medcl import FinetuneConfig, PretrainConfig
+from medcl import BenchmarkConfig, FinetuneConfig, PretrainConfig
 from medcl.checkpoint import load_weights
 from medcl.config import from_mapping
 from medcl.config_mil import MILFitConfig, MILPretrainConfig
 from medcl.data.plan import Plan
 from medcl.downstream.mil_stage import check as check_fit
+from medcl.evaluation.grid import make_grid
 from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.pretext import registry
 from medcl.pretext.patches import check as check_pretrain
@@ -59,8 +60,12 @@ def test_the_worked_example_trains_from_its_config(rotation, tmp_path, phantoms)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_config_is_of_its_command(path):
+def test_every_config_is_of_its_command(path, monkeypatch):
     settings = yaml.safe_load(path.read_text())
+    if path.stem.startswith("benchmark"):
+        monkeypatch.chdir(ROOT)  # recipes are named from there
+        assert make_grid(from_mapping(BenchmarkConfig, {"source": "x", "out": "y", **settings}, str(path))).cells
+        return
     if path.stem.startswith("finetune"):
         from_mapping(FinetuneConfig, {"source": "x", "out": "y", **settings}, str(path))
         return

@@ -176,7 +176,7 @@ def test_bad_settings_are_one_line_before_anything_is_written(phantoms, tmp_path
 
 
 def test_it_starts_from_pretrained_weights_too(tmp_path, phantoms):
-    options = {"hidden": 16, "embedding": 8, "crops": 2}
+    options = {"hidden": 16, "embedding": 8}
     pre = medcl.pretrain(
         PretrainConfig(str(phantoms), str(tmp_path / "pre"), steps=2, batch_size=2, width=4, options=options)
     )

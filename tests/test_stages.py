@@ -35,7 +35,9 @@ SMALL = {"hidden": 16, "embedding": 8, "crops": 2}
 
 
 def pretraining(source, out, **more) -> PretrainConfig:
-    return PretrainConfig(str(source), str(out), **{"steps": 6, "batch_size": 2, "width": 4, "options": SMALL, **more})
+    return PretrainConfig(
+        str(source), str(out), **{"task": "voco", "steps": 6, "batch_size": 2, "width": 4, "options": SMALL, **more}
+    )
 
 
 def finetuning(source, out, **more) -> FinetuneConfig:

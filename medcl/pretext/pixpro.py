@@ -190,6 +190,21 @@ def choose_map(
     return blocks, sizes[blocks], backbone.channels[levels[blocks]]
 
 
+@dataclass(frozen=True)
+class PixContrastOptions(PixProOptions):
+    """Those of PixPro, with the defaults of its contrastive form."""
+
+    form: str = "contrast"
+    temperature: float = 0.1
+    blocks: int | None = 1
+
+
+class PixContrast(PixPro):
+    """PixPro's contrastive form by a name of its own: a voxel against all others of the other view."""
+
+    Options = PixContrastOptions
+
+
 def check_options(options: PixProOptions) -> None:
     """Refuses values that cannot work.
 

@@ -14,6 +14,7 @@ TASKS = {
     "global_local": "medcl.pretext.global_local:GlobalLocal",
     "local_contrast": "medcl.pretext.local_contrast:LocalContrast",
     "mae": "medcl.pretext.mae:MAE",
+    "pixcontrast": "medcl.pretext.pixpro:PixContrast",
     "pixpro": "medcl.pretext.pixpro:PixPro",
     "simclr": "medcl.pretext.simclr:SimCLR",
     "voco": "medcl.pretext.voco:VoCo",

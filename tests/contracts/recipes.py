@@ -74,7 +74,12 @@ RECIPES: dict[str, Recipe] = {
     "pixpro": Recipe(
         options={"size": [16, 16, 16], "blocks": 1},
         swin={"size": [64, 64, 32]},
-        variants=({"form": "contrast", "blocks": 0, "temperature": 0.1, "momentum": 0.9}, {"blocks": 0}),
+        variants=({"blocks": 0},),
+    ),
+    "pixcontrast": Recipe(
+        options={"size": [16, 16, 16]},
+        swin={"size": [64, 64, 32]},
+        variants=({"blocks": 0, "momentum": 0.9},),
     ),
     "voco": Recipe(
         options={"crops": 2, "grid": [2, 2, 1]},
