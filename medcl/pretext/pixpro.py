@@ -192,7 +192,13 @@ def choose_map(
 
 @dataclass(frozen=True)
 class PixContrastOptions(PixProOptions):
-    """Those of PixPro, with the defaults of its contrastive form."""
+    """Those of PixPro, with the defaults of its contrastive form.
+
+    Attributes:
+        form: `contrast`.
+        temperature: of the contrast.
+        blocks: decoder blocks before the map that is compared.
+    """
 
     form: str = "contrast"
     temperature: float = 0.1

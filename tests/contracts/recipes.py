@@ -77,9 +77,8 @@ RECIPES: dict[str, Recipe] = {
         variants=({"blocks": 0},),
     ),
     "pixcontrast": Recipe(
-        options={"size": [16, 16, 16]},
+        options={"size": [16, 16, 16], "blocks": 0, "momentum": 0.9},
         swin={"size": [64, 64, 32]},
-        variants=({"blocks": 0, "momentum": 0.9},),
     ),
     "voco": Recipe(
         options={"crops": 2, "grid": [2, 2, 1]},
