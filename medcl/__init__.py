@@ -25,6 +25,7 @@ _STAGES = {
     "evaluate": "medcl.evaluation.stage",
     "compare": "medcl.evaluation.stage",
     "benchmark": "medcl.evaluation.benchmark",
+    "audit": "medcl.leakage",
     "write_report": "medcl.report.stage",
     "export": "medcl.checkpoint",
 }
@@ -45,6 +46,9 @@ __all__ = [*_STAGES, *_BAGS, *_CONFIGS]
 
 if TYPE_CHECKING:
     from medcl.checkpoint import export as export
+    from medcl.config import (
+        AuditConfig as AuditConfig,
+    )
     from medcl.config import (
         BenchmarkConfig as BenchmarkConfig,
     )
@@ -101,6 +105,7 @@ if TYPE_CHECKING:
     from medcl.evaluation.benchmark import benchmark as benchmark
     from medcl.evaluation.stage import compare as compare
     from medcl.evaluation.stage import evaluate as evaluate
+    from medcl.leakage import audit as audit
     from medcl.pretext.patches import pretrain_patches as mil_pretrain  # noqa: F401
     from medcl.pretext.stage import pretrain as pretrain
     from medcl.report.stage import write_report as write_report

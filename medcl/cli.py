@@ -11,7 +11,8 @@ from typing import Any
 
 from medcl.errors import MedclError
 
-Command = Callable[[Any], None]
+Command = Callable[[Any], "int | None"]
+OVERLAP = 3  # exit status of an audit that found one
 
 
 def _scan(config: Any) -> None:
@@ -84,6 +85,14 @@ def _benchmark(config: Any) -> None:
     result = benchmark(config)
     print_benchmark(result)
     print(f"Report: {write_benchmark_report(Path(config.out), result)}")
+
+
+def _audit(config: Any) -> int:
+    from medcl.leakage import audit, print_audit
+
+    result = audit(config)
+    print_audit(result)
+    return OVERLAP if result["overlaps"] else 0
 
 
 def _report_again(config: Any) -> None:
@@ -167,6 +176,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str, Command]] = {
         "BenchmarkConfig",
         _benchmark,
     ),
+    "audit": ("were test volumes seen in training?", ("seen", "held"), "AuditConfig", _audit),
     "report": ("write the page of a run again", ("run",), "ReportConfig", _report_again),
     "export": ("weights for the plain MONAI class", ("run",), "ExportConfig", _export),
     "mil pretrain": ("a patch encoder, without labels", ("bags", "out"), "MILPretrainConfig", _mil_pretrain),
@@ -199,7 +209,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, 2 for an error that a user can mend, 130 when interrupted."""
+    """Runs a command; returns 0, 2 for an error that a user can mend, 3 for an overlap told by audit, 130 at ^C."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
@@ -259,7 +269,7 @@ def _run(name: str, args: list[str]) -> int:
         from medcl.run import setup_log
 
         setup_log()
-        function(config)
+        return function(config) or 0
     return 0
 
 

@@ -177,6 +177,7 @@ class FinetuneConfig:
         precision: auto, 32, bf16 or 16.
         accelerator: auto, cpu or gpu.
         checkpoint_every: steps between checkpoints.
+        allow_leakage: go on where validation or test volumes were seen in training; every result is then marked.
         resume: go on from the last checkpoint of `out`.
         plan: a plan.json (or a run folder) to prepare by; by default that of `init`, or one derived from the scans.
         n4: correct the MRI bias field with N4 first (slow).
@@ -214,6 +215,7 @@ class FinetuneConfig:
     precision: str = "auto"
     accelerator: str = "auto"
     checkpoint_every: int = 200
+    allow_leakage: bool = False
     resume: bool = False
     plan: str = ""
     n4: bool = False
@@ -260,6 +262,7 @@ class EvaluateConfig:
         reference: folder of labelled scans, or a manifest; by default the one the run was trained on.
         out: where to write evaluation.csv and evaluation.json; by default beside the predictions.
         tolerance: tolerance of the normalised surface distance in mm.
+        allow_leakage: go on where test volumes were seen in training; every result is then marked.
         channel: which channel of 4D files to take.
     """
 
@@ -268,6 +271,7 @@ class EvaluateConfig:
     out: str = ""
     subjects: str = "test"
     tolerance: float = 1.0
+    allow_leakage: bool = False
     channel: int | None = None
 
 
@@ -286,6 +290,29 @@ class CompareConfig:
     baseline: list[str]
     out: str = "comparison"
     names: tuple[str, str] = ("pretrained", "scratch")
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Were volumes that are tested on seen in training?
+
+    Args:
+        seen: what was trained on: a run folder, which stands for all that its weights have seen, in it and in the
+            runs it started from; or a folder of scans, or a manifest.
+        held: what is tested on: a folder of scans, or a manifest; or a run folder, which stands for the subjects that
+            it holds out for validation and test.
+        out: JSON file to write.
+        store: folder that remembers signatures; by default `$MEDCL_STORE`, or `~/.cache/medcl`.
+        channel: which channel of 4D files to take.
+        workers: processes; 0 takes one a core.
+    """
+
+    seen: str
+    held: str
+    out: str = ""
+    store: str = ""
+    channel: int | None = None
+    workers: int = 0
 
 
 @dataclass(frozen=True)

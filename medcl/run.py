@@ -115,7 +115,8 @@ def changes(run: Path, config: Any, stage: str) -> list[str]:
             for f in dataclasses.fields(config))  # fmt: skip
     defaults = {name: value for name, value in made if value is not dataclasses.MISSING}
     old, new = {**defaults, **read_config(run)}, {"stage": stage, **to_plain(config)}
-    free = {"resume", "workers", "store", "checkpoint_every", "out"}  # none of them changes what is computed
+    # none of them changes what is computed
+    free = {"resume", "workers", "store", "checkpoint_every", "out", "allow_leakage"}
     paths = {"source", "init", "plan"}
 
     def same(key: str) -> bool:

@@ -18,6 +18,7 @@ from medcl.data.io import Volume, read_volume, to_canonical
 from medcl.data.plan import Plan
 from medcl.data.pool import map_safely
 from medcl.data.resample import resample_labels, resample_linear, resampled_affine
+from medcl.data.signature import save_signature, sign, signature_path, voxel_hash
 from medcl.data.store import default_store, write_volume
 from medcl.errors import MedclError
 from medcl.files import file_sha256, read_json, write_json
@@ -154,9 +155,11 @@ def load_case(manifest: Manifest, case: Case) -> tuple[Volume, np.ndarray | None
     return to_canonical(image), np.rint(np.asarray(canonical.array)).astype(np.uint8)
 
 
-def prepare_case(manifest: Manifest, case: Case, plan: Plan, path: Path) -> None:
-    """Prepares one case into `path` of the store."""
+def prepare_case(manifest: Manifest, case: Case, plan: Plan, path: Path, signature: Path | None = None) -> None:
+    """Prepares one case into `path` of the store, and signs its voxels, at hand here, into the file `signature`."""
     image, label = load_case(manifest, case)
+    if signature is not None and not signature.exists():
+        save_signature(signature, sign(image.array))
     prepared = prepare_image(image, plan)
     target = None if label is None else prepared.prepare_label(label)
     voxels = np.ascontiguousarray(image.array, dtype=np.float32)
@@ -166,16 +169,11 @@ def prepare_case(manifest: Manifest, case: Case, plan: Plan, path: Path) -> None
         "spacing": [float(s) for s in plan.spacing],
         "affine": prepared.affine.tolist(),
         "crop_start": list(prepared.crop_start),
-        "voxel_hash": _voxel_hash(voxels),
+        "voxel_hash": voxel_hash(voxels),
         "foreground": {} if target is None else _foreground_points(target),
         "notes": list(image.notes),
     }
     write_volume(path, prepared.image, target, meta)
-
-
-def _voxel_hash(voxels: np.ndarray) -> str:
-    """Hash of the voxel values in RAS order: the same whatever the header, the type or the compression."""
-    return hashlib.sha256(repr(voxels.shape).encode() + voxels.tobytes()).hexdigest()
 
 
 def _foreground_points(label: np.ndarray) -> dict[str, list[list[int]]]:
@@ -263,7 +261,7 @@ def prepare(
     contents = ContentKeys(root)
     problems: list[Problem] = []
     paths: dict[str, Path] = {}
-    missing: list[tuple[Case, Path]] = []
+    missing: list[tuple[Case, Path, Path]] = []
     for case in manifest.cases:
         try:
             key = _key(manifest, case, plan, contents)
@@ -272,15 +270,17 @@ def prepare(
             continue
         paths[case.id] = root / key[:2] / key
         if not (paths[case.id] / "meta.json").exists():
-            missing.append((case, paths[case.id]))
+            files = [contents.of(file) for file in manifest.image_paths(case)]
+            missing.append((case, paths[case.id], signature_path(root, files, case.channel)))
     contents.save()
     bare = dataclasses.replace(manifest, cases=(), problems=())  # a worker needs the root only
-    tasks = [(bare, case, plan, path) for case, path in missing]
+    tasks = [(bare, case, plan, path, signature) for case, path, signature in missing]
     killed: list[MedclError | None] = [
-        MedclError("its process was killed", case.image[0], "Use fewer workers: memory ran out.") for case, _ in missing
+        MedclError("its process was killed", case.image[0], "Use fewer workers: memory ran out.")
+        for case, *_ in missing
     ]
     failures = map_safely(_attempt, tasks, killed, workers or None, title if missing else None, fewest=8)
-    for (case, _), failure in zip(missing, failures, strict=True):
+    for (case, *_), failure in zip(missing, failures, strict=True):
         if failure is not None:
             problems.append(_problem(case, failure))
             del paths[case.id]
@@ -296,11 +296,11 @@ def _problem(case: Case, error: MedclError) -> Problem:
     return Problem(str(error.where or case.image[0]), error.what, error.remedy or "Mend or remove the file.")
 
 
-def _attempt(task: tuple[Manifest, Case, Plan, Path]) -> MedclError | None:
+def _attempt(task: tuple[Manifest, Case, Plan, Path, Path]) -> MedclError | None:
     """One case; what is wrong with it comes back as a value, so that the others go on."""
-    manifest, case, plan, path = task
+    manifest, case, plan, path, signature = task
     try:
-        prepare_case(manifest, case, plan, path)
+        prepare_case(manifest, case, plan, path, signature)
     except MedclError as error:
         if isinstance(error.__cause__, OSError) and error.what.startswith(("the disk", "cannot be written")):
             raise  # not this volume's fault: every other one would fail as well

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -15,15 +16,19 @@ from medcl.data.case import Manifest
 from medcl.data.crops import CropDataset
 from medcl.data.plan import Plan, derive_plan, round_up
 from medcl.data.prepare import Stored
+from medcl.data.signature import subject_hash
 from medcl.data.splits import begun_split, cases_of, draw_labelled, make_split
 from medcl.data.stage import describe, load_source, plan_for, prepare_all, tell_problems
 from medcl.data.store import open_volume
 from medcl.downstream.segmentation import SegmentationModule, Validate
 from medcl.downstream.semi.registry import build_method
 from medcl.errors import MedclError
+from medcl.files import write_json
+from medcl.leakage import compared, refuse
 from medcl.networks.backbones import Backbone, BackboneSpec, build_backbone
 from medcl.precision import choose_precision, keep_precision
 from medcl.run import begun_run, log, open_run, write_provenance
+from medcl.seen import Seen, save_seen, seen_by, seen_in
 from medcl.training import choose_accelerator, fit, hours, resume_step, trainer_for
 from medcl.transforms.compose import StrongAugmentation, strong_augmentation
 from medcl.transforms.mixing import MIXES
@@ -65,7 +70,12 @@ def finetune(config: FinetuneConfig) -> Path:
     unlabelled = tuple(sorted(set(split.train) - set(split.labelled))) if semi else ()
     if semi and not unlabelled:
         raise MedclError("every training subject is labelled", "--semi", "Lower --labels, or add unlabelled scans.")
-    seen = sorted(set(contract.subjects) & {*split.val, *split.test}) if contract else []
+    trained = cases_of(manifest, split.labelled, labelled=True) + cases_of(manifest, unlabelled)
+    held = cases_of(manifest, (*split.val, *split.test), labelled=True)
+    seen = seen_by(config.init) if pretrained else Seen()
+    seen += seen_in(manifest, trained, "fine-tuning", config.out, config.store)
+    leakage = compared(seen, seen_in(manifest, held, store=config.store), store=config.store)
+    refuse(leakage, config.allow_leakage, config.source)
 
     run = open_run(config.out, config, "finetune", config.resume)
     keep_precision(run, precision, accelerator)
@@ -74,14 +84,15 @@ def finetune(config: FinetuneConfig) -> Path:
     tell_problems(manifest)
     if taken:
         log.info("%s: %s.", config.init, taken)
-    if seen:
-        log.warning("%d validation or test subjects were seen in pretraining, such as %s: scores may flatter.",
-                    len(seen), seen[0])  # fmt: skip
+    if leakage["sentence"]:
+        log.warning("%s.", leakage["sentence"])
     used = cases_of(manifest, (*split.labelled, *split.val), labelled=True) + cases_of(manifest, unlabelled)
     stored, left = prepare_all(manifest, plan, config.store, cases=used)
     plan.save(run / "plan.json")
     split.save(run / "split.json")
     left.with_cases(manifest.cases).save(run / "manifest.json")
+    write_json(run / "audit.json", leakage)
+    save_seen(run, seen)
     train = [item for item in stored if item.case.subject in split.labelled]
     val = [(item.case.subject, item.path) for item in stored if item.case.subject in split.val]
     lost = sorted(set(split.labelled) - {item.case.subject for item in train})
@@ -128,7 +139,9 @@ def finetune(config: FinetuneConfig) -> Path:
         every=config.checkpoint_every, title="finetune", resume_step=first, callbacks=(validate,),
     )  # fmt: skip
     fit(trainer, module, run if first else None)
-    facts = {"best_step": validate.best_step, "val_dice": validate.best if val else None}
+    facts: dict[str, Any] = {"best_step": validate.best_step, "val_dice": validate.best if val else None}
+    if leakage["sentence"]:
+        facts["leakage"] = leakage["sentence"]
     write_provenance(
         run, began, accelerator=accelerator, precision=precision, seed=config.seed, resumed_at=first, **facts
     )
@@ -247,5 +260,5 @@ def contract_of(
         label_values=values,
         source=str(Path(config.source).resolve()),
         volumes=tuple(sorted(open_volume(item.path).meta["voxel_hash"] for item in train)),
-        subjects=tuple(sorted({item.case.subject for item in train})),
+        subjects=tuple(sorted({subject_hash(item.case.subject) for item in train})),
     )

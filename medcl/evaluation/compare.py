@@ -21,7 +21,19 @@ PRIMARY = "dice"
 # What two arms of one comparison may differ in, apart from what the comparison is about (`init`).
 # A plan is compared by what it says, not by where it came from.
 _NETWORK = {"backbone", "width", "norm"}
-_MAY_DIFFER = {"init", "out", "name", "resume", "debug", "draw", "plan", "store", "workers", "checkpoint_every"}
+_MAY_DIFFER = {
+    "allow_leakage",
+    "init",
+    "out",
+    "name",
+    "resume",
+    "debug",
+    "draw",
+    "plan",
+    "store",
+    "workers",
+    "checkpoint_every",
+}
 
 
 def compare(
@@ -73,7 +85,8 @@ def compare(
         "n_subjects": primary.interval.n_subjects,
         "sentence": primary.sentence(names, PRIMARY),
         "verdict": primary.verdict(MEASURES[PRIMARY].higher_is_better),
-        "warnings": _warnings(pairs),
+        "leakage": _leakage(pairs, names),
+        "warnings": [*_leakage(pairs, names), *_warnings(pairs)],
         "metrics": metrics,
         "subjects": _per_subject(overall),
         "cases": _per_case(overall),
@@ -184,6 +197,15 @@ def _grouped(rows: Sequence[Row], key: str) -> list[dict[str, Any]]:
         first, second = (sum(row[column] for row in group) / len(group) for column in (PRIMARY, f"{PRIMARY}_baseline"))
         result.append({key: name, "first": first, "second": second, "difference": first - second})
     return result
+
+
+def _leakage(pairs: Sequence[tuple[Arm, Arm]], names: tuple[str, str]) -> list[str]:
+    return [
+        f"draw {arm.draw}, {name}: {line}"
+        for pair in pairs
+        for arm, name in zip(pair, names, strict=True)
+        for line in arm.leakage
+    ]
 
 
 def _warnings(pairs: Sequence[tuple[Arm, Arm]]) -> list[str]:

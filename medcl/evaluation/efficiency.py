@@ -27,7 +27,7 @@ from medcl.evaluation.statistics import (
     holm,
     paired_difference,
 )
-from medcl.files import write_json, write_text
+from medcl.files import read_json, write_json, write_text
 
 VERSION = 1
 METRIC = "dice"
@@ -76,8 +76,19 @@ def summarise(config: BenchmarkConfig, grid: Grid) -> dict[str, Any]:
         "draws": config.draws,
         "entries": entries,
         "sentences": [entry["sentence"] for entry in entries if "sentence" in entry],
+        "warnings": _stamps(config, grid),
         "how": how(config),
     }
+
+
+def _stamps(config: BenchmarkConfig, grid: Grid) -> list[str]:
+    """What results of the grid are marked with: leakage that the user has allowed, once an arm."""
+    found: dict[tuple[str, str], None] = {}
+    for cell in grid.cells:
+        path = Path(cell.config.out) / config.subjects / "evaluation.json"
+        lines = read_json(path).get("leakage", ()) if path.exists() else ()
+        found.update({(cell.arm, line): None for line in lines})
+    return [f"{arm}: {line}" for arm, line in found]
 
 
 def sentence(arm: str, labels: str, difference: PairedDifference, p: float, baseline: str) -> str:

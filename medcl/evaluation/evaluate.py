@@ -37,6 +37,7 @@ def score_folder(
     *,
     subjects: Collection[str] | None = None,
     tolerance_mm: float = 1.0,
+    leakage: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Scores every labelled case that has a prediction, and writes `evaluation.csv` and `evaluation.json`.
 
@@ -49,6 +50,7 @@ def score_folder(
         out: folder for the two files.
         subjects: only these; None for all.
         tolerance_mm: surface distance that NSD forgives, in mm.
+        leakage: what the result is marked with, a sentence each.
 
     Returns:
         What `evaluation.json` holds: counts, intervals per class and overall, missing predictions, conventions.
@@ -98,6 +100,7 @@ def score_folder(
         "n_cases": len(scored),
         "n_subjects": len({case.subject for case in scored}),
         "tolerance_mm": tolerance_mm,
+        "leakage": list(leakage),
         **summarise(rows, classes),
         "missing_predictions": [case.id for case in cases if case.id not in found],
         "unscored_predictions": unscored,
@@ -211,7 +214,7 @@ def interval_cells(entry: Mapping[str, Any]) -> list[str]:
 
 def notices(result: Mapping[str, Any]) -> list[str]:
     """Whatever should keep a reader from taking the means at face value, a sentence each."""
-    lines = []
+    lines = list(result.get("leakage", ()))
     if missing := result["missing_predictions"]:
         lines.append(f"no prediction, so in no mean, for {counted(len(missing), 'labelled case')}: {_listed(missing)}")
     for problem in result.get("unscored_predictions", {}).values():

@@ -24,6 +24,7 @@ class Arm:
         plan: `plan.json`, empty where there is none.
         network: what `weights/contract.json` says of the network, empty where there is none.
         rows: `test/evaluation.csv`.
+        leakage: what `test/evaluation.json` is marked with.
     """
 
     run: Path
@@ -32,6 +33,7 @@ class Arm:
     plan: dict[str, Any]
     network: dict[str, Any]
     rows: list[Row]
+    leakage: tuple[str, ...] = ()
 
     @property
     def draw(self) -> Any:
@@ -60,7 +62,10 @@ def load_arm(run: Path) -> Arm:
     plan, contract = (
         read_json(file) if file.exists() else {} for file in (run / "plan.json", run / "weights" / "contract.json")
     )
-    return Arm(run, config, split, plan, contract.get("backbone", {}), read_scores(run / "test" / "evaluation.csv"))
+    rows = read_scores(run / "test" / "evaluation.csv")
+    result = run / "test" / "evaluation.json"
+    leakage = tuple(read_json(result).get("leakage", ())) if result.exists() else ()
+    return Arm(run, config, split, plan, contract.get("backbone", {}), rows, leakage)
 
 
 def flat_config(run: Path) -> dict[str, Any]:

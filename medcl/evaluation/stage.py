@@ -12,7 +12,9 @@ from medcl.data.stage import load_source
 from medcl.errors import MedclError
 from medcl.evaluation.compare import compare as compare_runs
 from medcl.evaluation.evaluate import score_folder
+from medcl.leakage import compared, refuse, stamp
 from medcl.run import log, read_config, setup_log
+from medcl.seen import seen_by, seen_in
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -49,17 +51,24 @@ def _evaluate_run(run: Path, config: EvaluateConfig) -> dict[str, Any]:
     if config.subjects not in ("test", "val"):
         raise MedclError(f"unknown subjects {config.subjects!r}", "--subjects", "Use test or val.")
     split = Split.load(run / "split.json")
-    subjects = getattr(split, config.subjects)
+    subjects, store = getattr(split, config.subjects), str(trained.get("store") or "")
     cases = cases_of(manifest, subjects, labelled=True)
     if not cases:
         raise MedclError(
             f"has no labelled {config.subjects} subject", run,
             "Give --reference a folder with labels, or fine-tune on more subjects.",
         )  # fmt: skip
+    leakage = compared(seen_by(run), seen_in(manifest, cases, store=store), store=store)
+    refuse(leakage, config.allow_leakage or bool(trained.get("allow_leakage")), run)
+    if leakage["sentence"]:
+        log.warning("%s.", leakage["sentence"])
     out = Path(config.out) if config.out else run / config.subjects
     log.info("%s: %d %s volumes of %d subjects.", run, len(cases), config.subjects, len(subjects))
     predict_cases(Predictor(run, str(trained["accelerator"]), str(trained["precision"])), manifest, cases, out)
-    return score_folder(out, manifest.with_cases(cases), out, subjects=subjects, tolerance_mm=config.tolerance)
+    return score_folder(
+        out, manifest.with_cases(cases), out, subjects=subjects, tolerance_mm=config.tolerance,
+        leakage=stamp(leakage, run),
+    )  # fmt: skip
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:

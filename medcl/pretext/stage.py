@@ -18,6 +18,7 @@ from medcl.data.case import Manifest
 from medcl.data.crops import Partitions, ReadDataset, StepBatches, crop_loader, join_reads
 from medcl.data.plan import Plan
 from medcl.data.prepare import Stored
+from medcl.data.signature import subject_hash
 from medcl.data.splits import Split, begun_split, cases_of, make_split
 from medcl.data.stage import describe, load_source, plan_for, prepare_all, tell_problems
 from medcl.data.store import open_volume
@@ -29,6 +30,7 @@ from medcl.pretext.probing import probe_for, subjects_to_probe
 from medcl.pretext.registry import task_class
 from medcl.pretext.watch import Watch
 from medcl.run import begun_run, log, open_run, write_provenance
+from medcl.seen import Seen, save_seen, seen_by, seen_in
 from medcl.training import (
     adamw,
     choose_accelerator,
@@ -190,6 +192,8 @@ def pretrain(config: PretrainConfig) -> Path:
         run, steps=config.steps, accelerator=accelerator, precision=precision, seed=config.seed,
         every=config.checkpoint_every, title=f"pretrain {config.task}", resume_step=first, callbacks=callbacks,
     )  # fmt: skip
+    before = seen_by(config.init) if pretrained else Seen()
+    save_seen(run, before + seen_in(manifest, [item.case for item in stored], "pretraining", run, config.store))
     fit(trainer, module, run if first else None)
     if summary := watch.summary():
         log.info(summary)
@@ -272,6 +276,6 @@ def contract_of(
         options=task.resolved(),
         source=str(Path(config.source).resolve()),
         volumes=tuple(sorted(open_volume(item.path).meta["voxel_hash"] for item in stored)),
-        subjects=tuple(sorted({item.case.subject for item in stored})),
+        subjects=tuple(sorted({subject_hash(item.case.subject) for item in stored})),
         step=config.steps,
     )

@@ -1,0 +1,229 @@
+"""Planted overlaps in the hippocampi and the heart volumes: how many the audit finds, and how far strangers stay away.
+
+    python benchmarks/audit_planted.py DATA --out runs/audit [--sets Task04_Hippocampus ACDC] [--only "spacing x1.4"]
+
+DATA holds the folders `Task04_Hippocampus` and `ACDC`. Every volume is changed in every way, saved as a file, read by
+the audit's own reader, signed, and compared with all volumes of its set; the subject plays no part. Writes a row a set
+and change to `OUT/table.csv`, and the counts of all scores to `OUT/histogram.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy.ndimage import gaussian_filter1d, zoom
+
+from medcl.data.case import Case, Manifest
+from medcl.data.io import read_volume, to_canonical
+from medcl.data.matching import ORIENTATIONS, THRESHOLD, scores
+from medcl.data.scan import scan
+from medcl.data.signature import sign
+from medcl.files import write_rows
+from medcl.seen import SeenVolume
+
+BINS = np.linspace(0.3, 1.0, 36)
+Image = tuple[np.ndarray, np.ndarray]  # voxels and affine
+Change = Callable[[Image, np.random.Generator], Image]
+
+
+def values(function: Callable[[np.ndarray], np.ndarray]) -> Change:
+    return lambda image, rng: (function(image[0]), image[1])
+
+
+def header(image: Image, rng: np.random.Generator) -> Image:
+    """Another spacing, origin and orientation in the header; the voxels stay."""
+    affine = np.diag([*rng.uniform(0.5, 4, 3) * rng.choice([-1, 1], 3), 1.0])
+    affine[:3, 3] = rng.uniform(-100, 100, 3)
+    return image[0], affine[:, [*rng.permutation(3), 3]]
+
+
+def spacing(factor: float) -> Change:
+    """Linear resampling, behind the usual blur where it makes voxels larger."""
+
+    def change(image: Image, rng: np.random.Generator) -> Image:
+        array = image[0].astype(np.float32)
+        shape = np.maximum(np.rint(np.array(array.shape) / factor), 2)
+        if factor > 1:
+            for axis in range(3):
+                array = gaussian_filter1d(array, 0.4 * factor, axis=axis)
+        return zoom(array, shape / array.shape, order=1), image[1] @ np.diag([factor] * 3 + [1.0])
+
+    return change
+
+
+def cropped(share: float, sides: str) -> Change:
+    """Margins cut off at both faces of every axis, at one of them, or by an amount drawn for each face."""
+
+    def change(image: Image, rng: np.random.Generator) -> Image:
+        cut = []
+        for n in image[0].shape:
+            most = max(1, round(share * n))
+            ends = {"both": (most, most), "one": rng.permutation([most, 0]), "drawn": rng.integers(0, most + 1, 2)}[
+                sides
+            ]
+            cut.append(slice(int(ends[0]), n - int(ends[1])))
+        return image[0][tuple(cut)], image[1]
+
+    return change
+
+
+def oriented(flips: bool, axes: bool) -> Change:
+    """Another of the 48 orientations; the header does not tell."""
+
+    def change(image: Image, rng: np.random.Generator) -> Image:
+        order, signs = ORIENTATIONS[rng.integers(1, len(ORIENTATIONS))]
+        signs = signs if any(sign < 0 for sign in signs) else (-1, 1, 1)
+        array = image[0].transpose(order if axes else (0, 1, 2))
+        return array[tuple(slice(None, None, sign) for sign in signs)] if flips else array, image[1]
+
+    return change
+
+
+def permuted(image: Image, rng: np.random.Generator) -> Image:
+    order = [(1, 0, 2), (2, 1, 0), (0, 2, 1), (1, 2, 0), (2, 0, 1)][rng.integers(5)]
+    return image[0].transpose(order), image[1]
+
+
+def chain(*changes: Change) -> Change:
+    def change(image: Image, rng: np.random.Generator) -> Image:
+        for each in changes:
+            image = each(image, rng)
+        return image
+
+    return change
+
+
+def gamma(array: np.ndarray) -> np.ndarray:
+    low, high = float(array.min()), float(array.max())
+    return ((array - low) / (high - low)) ** 0.7
+
+
+CHANGES: dict[str, Change] = {
+    "copy": values(lambda a: a),
+    "other header": header,
+    "other type (float64)": values(lambda a: a.astype(np.float64)),
+    "other type (rounded to 8 bits)": values(lambda a: np.rint((a - a.min()) / np.ptp(a) * 255.0).astype(np.uint8)),
+    "other gzip level": values(lambda a: a),
+    "intensity x 37 + 1000": values(lambda a: a * np.float64(37) + 1000),
+    "intensity x 0.003 - 4": values(lambda a: a * np.float64(0.003) - 4),
+    "gamma 0.7": values(gamma),
+    "spacing x 0.7": spacing(0.7),
+    "spacing x 1.4": spacing(1.4),
+    "cropped by 10% at both faces": cropped(0.1, "both"),
+    "cropped by 10% at one face": cropped(0.1, "one"),
+    "cropped by up to 10%, drawn": cropped(0.1, "drawn"),
+    "flipped": oriented(True, False),
+    "axes permuted": permuted,
+    "cropped, spacing x 1.4, any orientation, scaled": chain(
+        cropped(0.1, "both"), spacing(1.4), oriented(True, True), values(lambda a: a * 3.0 + 5)
+    ),
+    "cropped at one face, spacing x 0.7, any orientation, gamma": chain(
+        cropped(0.1, "one"), spacing(0.7), oriented(True, True), values(gamma)
+    ),
+    "cropped as drawn, other header, rounded to 8 bits": chain(
+        cropped(0.1, "drawn"), header, values(lambda a: np.rint((a - a.min()) / np.ptp(a) * 255.0).astype(np.uint8))
+    ),
+}
+
+
+def cases_of_set(manifest: Manifest, root: Path) -> list[Case]:
+    """Every volume, the twins that a scan sets aside among them."""
+    aside = [p.file for p in manifest.problems if p.what.startswith("holds the same image")]
+    twins = [
+        dataclasses.replace(manifest.cases[0], id=Path(f).name.split(".")[0], subject=Path(f).name.split("_")[0],
+                            image=(f,), label=None)
+        for f in aside
+    ]  # fmt: skip
+    return [*manifest.cases, *twins]
+
+
+def signed(path: Path, name: str = "", subject: str = "") -> SeenVolume:
+    one = sign(to_canonical(read_volume([path])).array)
+    return SeenVolume(one.voxels, one.values, subject, thumbnail=one.thumbnail, name=name)
+
+
+def main(data: Path, out: Path, sets: list[str], only: list[str]) -> None:
+    lines, bins = [], []
+    for name in sets:
+        manifest = scan(data / name, voxels=False)
+        cases = cases_of_set(manifest, data / name)
+        paths = [Path(manifest.root) / case.image[0] for case in cases]
+        began = time.process_time()
+        known = [signed(path, case.id, case.subject) for case, path in zip(cases, paths, strict=True)]
+        signing = (time.process_time() - began) / len(cases)
+        pictures = [volume.thumbnail for volume in known if volume.thumbnail is not None]
+        began = time.process_time()
+        found = scores(pictures, pictures)
+        took = time.process_time() - began
+        others = [m.score for m in found if cases[m.known].subject != cases[m.new].subject]
+        alarms = {
+            frozenset((cases[m.known].subject, cases[m.new].subject))
+            for m in found if m.score >= THRESHOLD and cases[m.known].subject != cases[m.new].subject
+        }  # fmt: skip
+        frames = [m.score for m in found if cases[m.known].subject == cases[m.new].subject and m.known != m.new]
+        strangers = max((s for s in others if s < THRESHOLD), default=0.0)
+        summary = {
+            "set": name, "volumes": len(cases), "ms to read and sign one": round(1000 * signing),
+            "s to compare all with all": round(took, 1), "other subjects alike": sorted(map(sorted, alarms)),
+            "highest of other subjects below": round(strangers, 3),
+            "frames of one subject": [round(min(frames, default=0), 3), round(max(frames, default=0), 3)],
+        }  # fmt: skip
+        print(summary, flush=True)
+        bins += counted(name, "strangers", [s for s in others if s < THRESHOLD])
+        planted_scores: list[float] = []
+        for number, (what, change) in enumerate(CHANGES.items()):
+            if only and what not in only:
+                continue
+            new = []
+            with tempfile.TemporaryDirectory() as folder:
+                for i, path in enumerate(paths):
+                    volume = read_volume([path])
+                    array, affine = change((volume.array, volume.affine), np.random.default_rng([number, i]))
+                    file = Path(folder) / "planted.nii.gz"
+                    nib.openers.Opener.default_compresslevel = 9 if what == "other gzip level" else 1
+                    nib.save(nib.Nifti1Image(np.ascontiguousarray(array), affine), file)
+                    new.append(dataclasses.replace(signed(file), name=str(i)))
+            own, wrong = np.zeros(len(new)), 0
+            for match in scores(pictures, [volume.thumbnail for volume in new if volume.thumbnail is not None]):
+                if match.known == match.new:
+                    own[match.new] = match.score
+                elif match.score >= THRESHOLD:
+                    pair = frozenset((cases[match.known].subject, cases[match.new].subject))
+                    wrong += len(pair) == 2 and pair not in alarms
+            exact = [volume.values == old.values for volume, old in zip(new, known, strict=True)]
+            planted_scores += own.tolist()
+            lines.append({
+                "set": name, "change": what, "volumes": len(new), "found": int(((own >= THRESHOLD) | exact).sum()),
+                "by hash": sum(exact), "lowest score": f"{own.min():.3f}", "median score": f"{np.median(own):.3f}",
+                "strangers named": wrong,
+            })  # fmt: skip
+            print(lines[-1], flush=True)
+            write_rows(out / "table.csv", lines)
+        bins += counted(name, "planted", planted_scores)
+        write_rows(out / "histogram.csv", bins)
+
+
+def counted(name: str, kind: str, found: list[float]) -> list[dict[str, object]]:
+    counts, _ = np.histogram(found, BINS)
+    return [
+        {"set": name, "pairs": kind, "from": f"{low:.2f}", "count": int(count)}
+        for low, count in zip(BINS, counts, strict=False)
+        if count
+    ]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/audit"))
+    parser.add_argument("--sets", nargs="*", default=["Task04_Hippocampus", "ACDC"])
+    parser.add_argument("--only", nargs="*", default=[])
+    arguments = parser.parse_args()
+    main(arguments.data, arguments.out, arguments.sets, arguments.only)
