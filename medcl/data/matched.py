@@ -20,10 +20,10 @@ def remembered(known: Sequence[np.ndarray], new: Sequence[np.ndarray], store: st
     """As `medcl.data.matching.matches`; equal pictures among the known ones are compared once."""
     if not known or not new:
         return []
-    first: dict[str, int] = {}
+    places: dict[str, list[int]] = {}
     for place, picture in enumerate(known):
-        first.setdefault(_hash(picture), place)
-    marks = sorted(first)  # in an order that does not depend on who was named first
+        places.setdefault(_hash(picture), []).append(place)
+    marks = sorted(places)  # in an order that does not depend on who was named first
     asked = [_hash(picture) for picture in new]
     root = Path(store) if store else default_store()
     key = hashlib.sha256(repr((SIGNATURE_VERSION, THRESHOLD, marks)).encode()).hexdigest()[:32]
@@ -32,13 +32,18 @@ def remembered(known: Sequence[np.ndarray], new: Sequence[np.ndarray], store: st
     missing = [place for place, mark in enumerate(asked) if mark not in answers]
     if missing:
         fresh: dict[str, list[list[Any]]] = {asked[place]: [] for place in missing}
-        for match in matches([known[first[mark]] for mark in marks], [new[place] for place in missing]):
+        for match in matches([known[places[mark][0]] for mark in marks], [new[place] for place in missing]):
             answer = [marks[match.known], match.score]
             if answer not in fresh[asked[missing[match.new]]]:
                 fresh[asked[missing[match.new]]].append(answer)
         answers = {**_load(path), **fresh}
         write_json(path, answers)
-    return [Match(first[mark], place, float(score)) for place, one in enumerate(asked) for mark, score in answers[one]]
+    return [
+        Match(place, number, float(score))
+        for number, one in enumerate(asked)
+        for mark, score in answers[one]
+        for place in places[mark]
+    ]
 
 
 def _hash(picture: np.ndarray) -> str:
