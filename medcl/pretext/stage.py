@@ -150,6 +150,7 @@ def pretrain(config: PretrainConfig) -> Path:
     )  # fmt: skip
     backbone = build_backbone(spec)
     taken = transfer(*pretrained, backbone, config.init) if pretrained else None
+    before = seen_by(config.init) if pretrained else Seen()
     task = kind(backbone, plan, config.options)
 
     run = open_run(config.out, config, "pretrain", config.resume)
@@ -192,11 +193,10 @@ def pretrain(config: PretrainConfig) -> Path:
         run, steps=config.steps, accelerator=accelerator, precision=precision, seed=config.seed,
         every=config.checkpoint_every, title=f"pretrain {config.task}", resume_step=first, callbacks=callbacks,
     )  # fmt: skip
-    before = seen_by(config.init) if pretrained else Seen()
-    save_seen(run, before + seen_in(manifest, [item.case for item in stored], "pretraining", run, config.store))
     fit(trainer, module, run if first else None)
     if summary := watch.summary():
         log.info(summary)
+    save_seen(run, before + seen_in(manifest, [item.case for item in stored], "pretraining", run, config.store))
     save_weights(run, task.backbone, contract_of(task, config, plan, spec, stored))
     write_provenance(run, began, accelerator=accelerator, precision=precision, seed=config.seed, resumed_at=first)
     log.info("Encoder in %s after %s.", run / "weights", hours(time.monotonic() - began))
