@@ -24,6 +24,8 @@ class MILPrepareConfig:
             each with the features of every map of the encoder at that place. Slices may also go to a 2D encoder.
         sub_volume: voxels of a sub-volume of the prepared volume, by default half a fine-tuning patch, overlapping by
             half; or of a cell, by default those of the encoder's second map.
+        maps: maps of the encoder that a cell gets its features from, the finest first; 0 takes all. Few of them keep
+            something small from being drowned by features of what lies around it.
         seed: of random weights.
         accelerator: auto, cpu or gpu.
     """
@@ -38,6 +40,7 @@ class MILPrepareConfig:
     tissue: float = 0.25
     instances: str = "sub_volumes"
     sub_volume: tuple[int, int, int] | None = None
+    maps: int = 0
     seed: int = 0
     accelerator: str = "auto"
 

@@ -248,6 +248,8 @@ def test_a_cell_has_the_mean_and_maximum_of_every_map_at_its_place(tmp_path):
             np.testing.assert_allclose(h[row, at : at + len(wanted)], wanted, rtol=1e-4, atol=1e-5)
             at += len(wanted)
     assert h.shape[1] == at + sum(m.shape[1] for m in maps[3:]) and np.isfinite(h).all()
+    few, _ = cells_of_volume(image, 2 * image, encoder, (4, 4, 4), "cpu", maps=1)
+    np.testing.assert_array_equal(few, h[:, : 2 + 2 * 4])
 
 
 def test_a_volume_is_a_bag_of_cells_or_of_slices_too(tmp_path, phantoms):

@@ -95,6 +95,7 @@ def check(config: MILPrepareConfig) -> None:
         ("mpp", config.mpp >= 0, "Give microns per pixel, or 0 for pixels as they are."),
         ("slide_mpp", config.slide_mpp >= 0, "Give microns per pixel, or 0."),
         ("overlap", 0 <= config.overlap < 1, "Give a share from 0 to below 1."),
+        ("maps", config.maps >= 0, "Give the number of maps, or 0 for all."),
         ("tissue", 0 <= config.tissue <= 1, "Give a share from 0 to 1."),
         ("instances", config.instances in INSTANCES, f"Use one of {', '.join(INSTANCES)}."),
         ("sub_volume", config.sub_volume is None or min(config.sub_volume) > 0, "Give three positive numbers."),
@@ -112,6 +113,7 @@ def recipe_of(bag: Bag, encoder: InstanceEncoder, tiling: Tiling, config: MILPre
         config.slide_mpp,
         config.instances,
         config.sub_volume,
+        config.maps,
         str(bag.path.resolve()),
         stat.st_size,
         stat.st_mtime_ns,
@@ -160,8 +162,9 @@ def of_volume(bag: Bag, encoder: InstanceEncoder, plan: Plan | None, config: MIL
     multiple, meta = encoder.backbone.multiple, {"plan": json.dumps(dataclasses.asdict(plan))}
     if config.instances == "cells":
         size = config.sub_volume or encoder.backbone.reductions[min(1, len(encoder.backbone.reductions) - 1)]
-        h, corners = cells_of_volume(image, prepare_image(canonical, plan, clip=False).image, encoder, size, device)
-        name = f"{encoder.identity}:cells-{'x'.join(map(str, size))}"
+        whole = prepare_image(canonical, plan, clip=False).image
+        h, corners = cells_of_volume(image, whole, encoder, size, device, config.maps)
+        name = f"{encoder.identity}:cells-{'x'.join(map(str, size))}" + (f"-{config.maps}" if config.maps else "")
         return Features(h, corners, name, {**meta, "size": list(size)})
     if config.instances == "slices":  # as thin as the encoder can see: one voxel for a slice-wise one
         size = round_up((image.shape[0], image.shape[1], 1), multiple)
@@ -175,14 +178,19 @@ def of_volume(bag: Bag, encoder: InstanceEncoder, plan: Plan | None, config: MIL
 
 @torch.no_grad()
 def cells_of_volume(
-    image: np.ndarray, intensity: np.ndarray, encoder: VolumeEncoder, size: tuple[int, int, int], device: str
+    image: np.ndarray,
+    intensity: np.ndarray,
+    encoder: VolumeEncoder,
+    size: tuple[int, int, int],
+    device: str,
+    maps: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features (K, M) of a prepared volume's cells, and their corners (K, 3); cells without contrast are left out."""
     whole = [math.lcm(m, s) for m, s in zip(encoder.backbone.multiple, size, strict=True)]
     pad = [(0, -n % w) for n, w in zip(image.shape, whole, strict=True)]
     padded, raw = (np.pad(each, pad, mode="edge").astype(np.float32) for each in (image, intensity))
     tensors = [torch.from_numpy(each)[None, None].to(device) for each in (padded, raw)]
-    h = encoder.cells(tensors[0], size, tensors[1]).cpu().numpy()
+    h = encoder.cells(tensors[0], size, tensors[1], maps).cpu().numpy()
     grid = [n // s for n, s in zip(padded.shape, size, strict=True)]
     corners = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), axis=-1).reshape(-1, 3) * np.array(size)
     blocks = padded.reshape(grid[0], size[0], grid[1], size[1], grid[2], size[2])

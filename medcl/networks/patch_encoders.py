@@ -72,7 +72,7 @@ class VolumeEncoder(InstanceEncoder):
         self.backbone = backbone
         self.identity = f"{backbone.spec.name}:{digest(backbone)}:mean-max"
 
-    def cells(self, volume: Tensor, size: tuple[int, int, int], intensity: Tensor) -> Tensor:
+    def cells(self, volume: Tensor, size: tuple[int, int, int], intensity: Tensor, maps: int = 0) -> Tensor:
         """Features of a grid of cells over a whole volume, which is encoded once: (cells, M), the last axis fastest.
 
         Of the intensities and of every map finer than the grid the mean and the maximum in a cell; of coarser maps
@@ -82,10 +82,11 @@ class VolumeEncoder(InstanceEncoder):
             volume: (1, 1, D, H, W), each a multiple of the encoder's stride and of `size`.
             size: voxels of a cell.
             intensity: the same volume without its intensities clipped, as the encoder must not see it.
+            maps: how many of the encoder's maps, the finest first; 0 takes all.
         """
         grid = [n // s for n, s in zip(volume.shape[2:], size, strict=True)]
         parts = []
-        for map_ in [intensity, *self.backbone.encode(volume)]:
+        for map_ in [intensity, *self.backbone.encode(volume)[: maps or None]]:
             if all(have % want == 0 for have, want in zip(map_.shape[2:], grid, strict=True)):
                 window = [have // want for have, want in zip(map_.shape[2:], grid, strict=True)]
                 parts.append(F.avg_pool3d(map_, window))
