@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def choose_precision(wish: str, accelerator: str, run: str | Path = "") -> str:
         return NAMES["bf16" if torch.cuda.is_bf16_supported() else "16"]
     cpu = torch.cpu
     able = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
-    return NAMES["bf16" if able and _seconds(True) < WORTH_IT * _seconds(False) else "32"]
+    return NAMES["bf16" if able and _bf16_is_faster() else "32"]
 
 
 def name_of(precision: str) -> str:
@@ -66,8 +67,17 @@ def autocast(precision: str, accelerator: str) -> contextlib.AbstractContextMana
     return torch.autocast("cuda" if accelerator == "gpu" else "cpu", dtype)
 
 
+@functools.lru_cache(maxsize=1)
+def _bf16_is_faster() -> bool:
+    """Asked once a process, so that runs in one process agree."""
+    return _seconds(True) < WORTH_IT * _seconds(False)
+
+
 def _seconds(bf16: bool, repeats: int = 4) -> float:
-    """The least time of a forward and backward pass of a small convolutional block; leaves no random state behind."""
+    """The least time of a forward and backward pass of a small convolutional block; leaves no random state behind.
+
+    Of the CPU, not of the clock: other jobs of the machine must not decide it.
+    """
     from torch import nn
 
     with torch.random.fork_rng(), torch.enable_grad():
@@ -75,9 +85,9 @@ def _seconds(bf16: bool, repeats: int = 4) -> float:
         image = torch.zeros(2, 1, 24, 24, 24)
         spent = []
         for _ in range(repeats):
-            began = time.perf_counter()
+            began = time.process_time()
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 out = block(image)
             out.float().sum().backward()
-            spent.append(time.perf_counter() - began)
+            spent.append(time.process_time() - began)
     return min(spent)
