@@ -164,8 +164,10 @@ class FinetuneConfig:
         lr: peak learning rate.
         pretrained_lr: learning rate of the weights taken from `init`, as a share of `lr`.
         frozen: share of the steps in which the weights taken from `init` stay as they are.
-        semi: how to learn from the images of training subjects whose labels are not used: none, mean_teacher or
-            self_training. The teacher is then what is validated and kept.
+        layer_decay: factor on the learning rate of the weights taken from `init`, once for every stage from the output.
+        core_tuning: weight of the contrast of hard pairs of labelled voxels (Core-tuning); 0 for none, 0.1 is usual.
+        semi: how to learn from the images of training subjects whose labels are not used: none, mean_teacher,
+            self_training or pixel_contrast. The teacher is then what is validated and kept.
         semi_options: options of that method, such as `--semi_options.weight 2`.
         mix: mix the patches of a step: none, mixup or cutmix. With `semi`, CutMix goes between labelled and unlabelled.
         weight_decay: AdamW weight decay.
@@ -203,6 +205,8 @@ class FinetuneConfig:
     lr: float = 2e-3
     pretrained_lr: float = 1.0
     frozen: float = 0.0
+    layer_decay: float = 1.0
+    core_tuning: float = 0.0
     semi: str = "none"
     semi_options: dict[str, Any] = field(default_factory=dict)
     mix: str = "none"

@@ -10,7 +10,8 @@ import platform
 import signal
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def warmup_cosine(step: int, steps: int, warmup: float) -> float:
 def adamw(
     module: torch.nn.Module, lr: float, weight_decay: float, steps: int, warmup: float,
     given: Collection[torch.nn.Parameter] = (), given_lr: float = 1.0, frozen: float = 0.0,
+    shares: Mapping[torch.nn.Parameter, float] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """AdamW with warm-up and cosine for `configure_optimizers`; biases and normalisation are not decayed.
 
@@ -65,27 +67,47 @@ def adamw(
         given: parameters that come from a pretraining.
         given_lr: their learning rate as a share of `lr`.
         frozen: share of the steps in which they stay as they are.
+        shares: a further factor on the rate of some of them; see `layer_shares`.
     """
-    known = {id(p) for p in given}
+    # rate of a given parameter as a share of the others'
+    own = {p: given_lr * (shares or {}).get(p, 1.0) for p in given}
     train = [p for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = []
     factors: list[Callable[[int], float]] = []
 
-    def late(step: int) -> float:
-        return 0.0 if step < frozen * steps else given_lr * warmup_cosine(step, steps, warmup)
+    def late(step: int, share: float) -> float:
+        return 0.0 if step < frozen * steps else share * warmup_cosine(step, steps, warmup)
 
     def usual(step: int) -> float:
         return warmup_cosine(step, steps, warmup)
 
     for decayed in (True, False):
-        for old in (False, True):
-            chosen = [p for p in train if (p.ndim > 1) == decayed and (id(p) in known) == old]
+        for share in (None, *sorted(set(own.values()))):
+            chosen = [p for p in train if (p.ndim > 1) == decayed and own.get(p) == share]
             if chosen:
                 groups.append({"params": chosen, "weight_decay": weight_decay if decayed else 0.0})
-                factors.append(late if old else usual)
+                factors.append(usual if share is None else partial(late, share=share))
     optimizer = torch.optim.AdamW(groups, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)  # type: ignore[arg-type]
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def layer_shares(
+    stages: Sequence[Sequence[torch.nn.Module]], given: Collection[torch.nn.Parameter], decay: float
+) -> dict[torch.nn.Parameter, float]:
+    """Layer-wise decay of the learning rate: decay^k for the k-th given stage, counted from the output.
+
+    What is closer to the image is more general and moves less (Clark et al., ELECTRA, ICLR 2020; Bao et al., BEiT, ICLR
+    2022). Only given parameters are slowed: a new decoder behind a pretrained encoder learns at the full rate.
+
+    Args:
+        stages: modules in the order of the data, as `Backbone.stages` gives them.
+        given: parameters that come from a pretraining.
+        decay: 1 for none.
+    """
+    known = set(given)
+    pretrained = [found for stage in stages if (found := known & {p for m in stage for p in m.parameters()})]
+    return {p: decay**k for k, stage in enumerate(reversed(pretrained), 1) for p in stage}
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

@@ -165,6 +165,10 @@ def test_the_teacher_is_an_average_that_forgets_its_beginning():
         ({"semi_options": {"weight": 1.0}}, "options without a method"),
         ({"semi": "mean_teacher", "labels": "all"}, "every training subject is labelled"),
         ({"semi": "mean_teacher", "augment": "none"}, "Use --augment strong"),
+        ({"semi": "pixel_contrast", "semi_options": {"temperature": 0}}, "--semi_options.temperature"),
+        ({"layer_decay": 0.7}, "Name them with --init"),
+        ({"layer_decay": 1.5}, "--layer_decay"),
+        ({"core_tuning": -1.0}, "--core_tuning"),
         ({"mix": "cutmx"}, "Did you mean 'cutmix'"),
         ({"mix": "mixup", "batch_size": 1}, "has no partner"),
     ],
@@ -195,3 +199,34 @@ def test_it_starts_from_pretrained_weights_too(tmp_path, phantoms):
     _, state = load_weights(pre)
     backbone = build_backbone(load_weights(run)[0].backbone)
     assert all(torch.equal(seen[0][name], state[name]) for name in backbone.tensor_names("encoder"))
+
+
+def test_core_tuning_beside_mixed_patches_resumes_bit_for_bit(tmp_path, phantoms, monkeypatch):
+    from test_stages import Killed, kill_at
+
+    settings = {"checkpoint_every": 2, "core_tuning": 0.1, "mix": "mixup"}
+    whole = medcl.finetune(finetuning(phantoms, tmp_path / "whole", **settings))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 3)
+        medcl.finetune(finetuning(phantoms, tmp_path / "cut", **settings))
+    cut = medcl.finetune(finetuning(phantoms, tmp_path / "cut", resume=True, **settings))
+    assert read_metrics(whole) == read_metrics(cut) and all(row["core"] > 0 for row in read_metrics(whole))
+    first, second = (load_weights(run)[1] for run in (whole, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_frozen_weights_stay_and_slowed_ones_move_less(tmp_path, phantoms):
+    options = {"hidden": 16, "embedding": 8, "crops": 2}
+    pre = medcl.pretrain(
+        PretrainConfig(str(phantoms), str(tmp_path / "pre"), steps=2, batch_size=2, width=4, options=options)
+    )
+    state = load_weights(pre)[1]
+    moved = {}
+    for name, change in (("frozen", {"frozen": 1.0}), ("slow", {"layer_decay": 0.3}), ("plain", {})):
+        run = medcl.finetune(
+            finetuning(phantoms, tmp_path / name, width=0, init=str(pre), val_every=4, weight_decay=0.0, **change)
+        )
+        contract, tuned = load_weights(run)
+        encoder = build_backbone(contract.backbone).tensor_names("encoder")
+        moved[name] = sum(float((tuned[k] - state[k]).abs().sum()) for k in encoder)
+    assert moved["frozen"] == 0 < moved["slow"] < 0.5 * moved["plain"]

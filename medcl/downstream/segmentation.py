@@ -17,12 +17,13 @@ from torch import Tensor
 from medcl.config import FinetuneConfig
 from medcl.data.crops import CropDataset, StepBatches, crop_loader
 from medcl.data.store import open_volume
+from medcl.downstream.core_tuning import CoreTuning
 from medcl.downstream.semi.base import SemiMethod
 from medcl.downstream.semi.rows import Rows
 from medcl.losses.segmentation import dice_ce, shares
 from medcl.networks.backbones import Backbone
 from medcl.precision import autocast
-from medcl.training import adamw
+from medcl.training import adamw, layer_shares
 from medcl.transforms.compose import Compose
 
 Batch = dict[str, dict[str, Tensor]]
@@ -60,6 +61,7 @@ class SegmentationModule(pl.LightningModule):
         self.backbone, self.dataset, self.config = backbone, dataset, config
         self.augmentation, self.spacing = augmentation, tuple(spacing)
         self.semi, self.unlabelled = semi, unlabelled
+        self.core = CoreTuning(backbone) if config.core_tuning else None
         self.last_dice: float | None = None
         self.register_buffer("channel_of", channel_table(label_values), persistent=False)
 
@@ -107,7 +109,7 @@ class SegmentationModule(pl.LightningModule):
             rows = rows.with_unlabelled(self.semi.rows(more["image"], more["seed"], self.augmentation, self.spacing))
         if self.config.mix != "none":
             rows = rows.mix(self.config.mix)
-        if self.semi and weight is not None and self.semi.reads_features:
+        if self.core or (self.semi and weight is not None and self.semi.reads_features):
             logits, features = self.backbone.forward_with_features(rows.image)
         else:
             logits, features = self.backbone(rows.image), None
@@ -116,6 +118,9 @@ class SegmentationModule(pl.LightningModule):
         if self.semi and weight is not None:
             told = self.semi.loss(logits, features, rows)
             loss = loss + weight * told.pop("loss")
+        if self.core:
+            told["core"] = self.core(features, rows)
+            loss = loss + self.config.core_tuning * told["core"]
         rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         self.log_dict({"loss": loss.detach(), "lr": rate, **{k: v.detach() for k, v in told.items()}}, batch_size=n)
         return loss
@@ -131,6 +136,7 @@ class SegmentationModule(pl.LightningModule):
         return adamw(
             self, config.lr, config.weight_decay, config.steps, config.warmup,
             self._given, config.pretrained_lr, config.frozen,
+            layer_shares(self.backbone.stages(), self._given, config.layer_decay),
         )  # fmt: skip
 
 

@@ -170,6 +170,12 @@ def check(config: FinetuneConfig) -> None:
         raise MedclError("negative", "--seed, --draw or --workers", "Give 0 or more.")
     if config.augment not in ("strong", "none"):
         raise MedclError(f"unknown augmentation {config.augment!r}", "--augment", "Use strong or none.")
+    if not 0 < config.layer_decay <= 1:
+        raise MedclError(f"{config.layer_decay} is no factor", "--layer_decay", "Give more than 0, up to 1.")
+    if config.layer_decay != 1 and config.init == "none":
+        raise MedclError("no weights are given that it could slow", "--layer_decay", "Name them with --init.")
+    if config.core_tuning < 0:
+        raise MedclError("negative", "--core_tuning", "Give 0 or more.")
     if config.mix not in MIXES:
         raise MedclError(f"unknown way to mix {config.mix!r}", "--mix", nearest(config.mix, MIXES))
     if config.mix != "none" and config.batch_size < 2 and (config.semi == "none" or config.mix == "mixup"):

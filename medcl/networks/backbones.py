@@ -75,6 +75,14 @@ class Backbone(nn.Module, ABC):
         """The output layer: the only modules whose shapes depend on `out_channels`."""
 
     @abstractmethod
+    def decoder_modules(self) -> list[nn.Module]:
+        """The decoder's blocks without the output layer, coarse to fine."""
+
+    def stages(self) -> list[list[nn.Module]]:
+        """Modules in the order in which an image passes them, the output layer left out."""
+        return [[module] for module in (*self.encoder_modules(), *self.decoder_modules())]
+
+    @abstractmethod
     def encode(self, x: Tensor) -> list[Tensor]:
         """Feature maps (B, C_i, D_i, H_i, W_i), fine to coarse, of an image (B, C, D, H, W)."""
 
@@ -222,6 +230,9 @@ class UNetBackbone(Backbone):
     def head_modules(self) -> list[nn.Module]:
         return self._levels()[1][:1]
 
+    def decoder_modules(self) -> list[nn.Module]:
+        return self._levels()[1][:0:-1]
+
     def encode(self, x: Tensor) -> list[Tensor]:
         features = []
         for down in self._levels()[0]:
@@ -272,6 +283,9 @@ class DynUNetBackbone(Backbone):
     def head_modules(self) -> list[nn.Module]:
         return [self.net.output_block]
 
+    def decoder_modules(self) -> list[nn.Module]:
+        return list(self.net.upsamples)
+
     def encode(self, x: Tensor) -> list[Tensor]:
         features = []
         for block in self.encoder_modules():
@@ -314,6 +328,19 @@ class SwinUNETRBackbone(Backbone):
 
     def head_modules(self) -> list[nn.Module]:
         return [self.net.out]
+
+    def decoder_modules(self) -> list[nn.Module]:
+        net = self.net
+        return [net.decoder5, net.decoder4, net.decoder3, net.decoder2, net.decoder1]
+
+    def stages(self) -> list[list[nn.Module]]:
+        net, vit = self.net, self.net.swinViT
+        levels = [[vit.layers1, vit.layers1c], [vit.layers2, vit.layers2c], [vit.layers3, vit.layers3c],
+                  [vit.layers4, vit.layers4c]]  # fmt: skip
+        beside = [[net.encoder3], [net.encoder4], [], [net.encoder10]]  # what reads the maps of these levels
+        encoder = [[vit.patch_embed, net.encoder1, net.encoder2]]
+        encoder += [level + more for level, more in zip(levels, beside, strict=True)]
+        return encoder + [[module] for module in self.decoder_modules()]
 
     def encode(self, x: Tensor) -> list[Tensor]:
         net = self.net

@@ -12,6 +12,7 @@ from medcl.networks.backbones import Backbone
 
 METHODS = {
     "mean_teacher": "medcl.downstream.semi.mean_teacher:MeanTeacher",
+    "pixel_contrast": "medcl.downstream.semi.pixel_contrast:PixelContrast",
     "self_training": "medcl.downstream.semi.self_training:SelfTraining",
 }
 
