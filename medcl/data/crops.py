@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from medcl.data.ahead import Ahead
 from medcl.data.store import StoredVolume, open_volume
 
 
@@ -69,18 +70,24 @@ class CropDataset(Dataset):
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=int))
 
     def volume_of(self, number: int) -> Path:
-        """Every volume once an epoch, in an order of that epoch's own."""
+        """The sample's volume."""
+        return self.volumes[self.index_of(number)]
+
+    def index_of(self, number: int) -> int:
+        """Index of the sample's volume: every volume once an epoch, in an order of that epoch's own."""
         epoch, place = divmod(number, len(self.volumes))
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.volumes)))
-        return self.volumes[self._order[1][place]]
+        order = self._order  # read once: another thread may be an epoch ahead
+        if order[0] != epoch:
+            order = (epoch, np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.volumes)))
+            self._order = order
+        return int(order[1][place])
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, 2, number])
         volume = open_volume(self.volume_of(number))
         start = self._start(volume, rng)
         sample = {
-            "image": torch.from_numpy(volume.image(start, self.size))[None],
+            "image": read_images(volume, [start], self.size)[0],
             "seed": torch.tensor(int(rng.integers(0, 2**62))),
         }
         if self.labelled:
@@ -167,18 +174,25 @@ class ReadDataset(Dataset):
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         crops = self.crops
         rng = np.random.default_rng([crops.seed, 2, number])
-        path = crops.volume_of(number)
-        volume = open_volume(path)
+        index = crops.index_of(number)
+        volume = open_volume(crops.volumes[index])
         starts = self.places(volume.shape, crops.size, rng)
-        index = crops.volumes.index(path)
         return {
-            "image": torch.stack([torch.from_numpy(volume.image(start, crops.size))[None] for start in starts]),
+            "image": read_images(volume, starts, crops.size),
             "seed": torch.from_numpy(rng.integers(0, 2**62, len(starts))),
             "volume": torch.full((len(starts),), index),
             "place": torch.arange(len(starts)),
             "start": torch.tensor(starts),
             "extent": torch.tensor(volume.shape).repeat(len(starts), 1),
         }
+
+
+def read_images(volume: StoredVolume, starts: Sequence[Sequence[int]], size: Sequence[int]) -> torch.Tensor:
+    """Crops of one volume, (R, 1, *size) float32."""
+    out = torch.empty((len(starts), 1, *size))
+    for crop, start in zip(out[:, 0], starts, strict=True):
+        crop.copy_(torch.from_numpy(volume.half(start, size)))
+    return out
 
 
 def join_reads(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -202,9 +216,9 @@ class StepBatches(Sampler[list[int]]):
             yield list(range(begin, begin + self.batch))
 
 
-def crop_loader(dataset: Dataset, batches: StepBatches, workers: int = 0, pin: bool = False) -> DataLoader:
-    """Loader of `dataset` over `batches`; workers compute on one thread each."""
-    return DataLoader(
+def crop_loader(dataset: Dataset, batches: StepBatches, workers: int = 0, pin: bool = False) -> Iterable[Any]:
+    """Loader of `dataset` over `batches`: by worker processes of one thread each, or by a thread of this process."""
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=join_reads if isinstance(dataset, ReadDataset) else None,
@@ -214,3 +228,4 @@ def crop_loader(dataset: Dataset, batches: StepBatches, workers: int = 0, pin: b
         prefetch_factor=4 if workers else None,
         multiprocessing_context="spawn" if workers else None,
     )
+    return loader if workers else Ahead(loader)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+NEGLIGIBLE = 1e-12  # beside the largest weight, which is 1: far below float32's precision
+
 
 def along_axes(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     """Multiplies every line of voxels along each axis by that axis's matrix.
@@ -50,6 +52,8 @@ def gaussian_matrix(size: int, sigma: Tensor) -> Tensor:
     index = torch.arange(size, dtype=torch.float32, device=sigma.device)
     distance = (index[:, None] - index[None, :]) / sigma.clamp(min=1e-3)[:, None, None]
     weight = torch.exp(-0.5 * distance.square())
+    # far weights are denormal numbers, by which a CPU multiplies twenty times more slowly
+    weight = torch.where(weight < NEGLIGIBLE, 0.0, weight)
     return weight / weight.sum(dim=2, keepdim=True)
 
 
