@@ -51,9 +51,11 @@ class PrepareConfig:
         plan: a plan.json (or a run folder) to prepare by; by default one is derived from the scans.
         spacing: voxel size in mm to resample to, instead of the derived one.
         n4: correct the MRI bias field with N4 first (slow).
-        store: folder for prepared volumes; by default `$MEDCL_STORE`, or `~/.cache/medcl`.
+        store: folder for prepared volumes, or an fsspec address such as `s3://bucket/store`; by default `$MEDCL_STORE`,
+            or `~/.cache/medcl`.
         channel: which channel of 4D files to take.
         workers: processes; 0 takes one a core.
+        dask: `local`, or the address of a Dask scheduler whose workers see the same scans and store.
     """
 
     source: str
@@ -63,6 +65,7 @@ class PrepareConfig:
     store: str = ""
     channel: int | None = None
     workers: int = 0
+    dask: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class PretrainConfig:
         split_seed: seed of the split into training, validation and test subjects.
         init: run folder whose weights to start from, with its plan; or `none`.
         steps: optimiser steps.
-        batch_size: volumes a step.
+        batch_size: volumes a step, on each device; 0 takes what fits into memory, by measured steps.
         lr: peak learning rate.
         weight_decay: AdamW weight decay.
         warmup: share of the steps over which the learning rate rises linearly.
@@ -103,9 +106,17 @@ class PretrainConfig:
         resume: go on from the last checkpoint of `out`.
         plan: a plan.json (or a run folder) to prepare by; by default one is derived from the scans.
         n4: correct the MRI bias field with N4 first (slow).
-        store: folder for prepared volumes; by default `$MEDCL_STORE`, or `~/.cache/medcl`.
+        store: folder for prepared volumes, or an fsspec address such as `s3://bucket/store`; by default `$MEDCL_STORE`,
+            or `~/.cache/medcl`.
         channel: which channel of 4D files to take.
-        workers: processes that read crops while training; 0 reads in the main process, which is best on few cores.
+        workers: processes that read crops while training; 0 reads ahead in a thread, which is best on few
+            cores.
+        parts: in how many parts the rows of a step go through the network, one after another: equal gradient, less
+            memory, about a third more time. A step that runs out of memory doubles it by itself.
+        compile: compile the network with torch.compile: minutes at the start, for long runs on a GPU.
+        devices: GPUs a machine (on a CPU: processes) that train together, each on `batch_size` volumes.
+        nodes: machines; start the command on each by `torchrun` or `srun`.
+        strategy: auto or ddp: how they do it.
     """
 
     source: str
@@ -140,6 +151,11 @@ class PretrainConfig:
     store: str = ""
     channel: int | None = None
     workers: int = 0
+    parts: int = 1
+    compile: bool = False
+    devices: int = 1
+    nodes: int = 1
+    strategy: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -183,9 +199,16 @@ class FinetuneConfig:
         resume: go on from the last checkpoint of `out`.
         plan: a plan.json (or a run folder) to prepare by; by default that of `init`, or one derived from the scans.
         n4: correct the MRI bias field with N4 first (slow).
-        store: folder for prepared volumes; by default `$MEDCL_STORE`, or `~/.cache/medcl`.
+        store: folder for prepared volumes, or an fsspec address such as `s3://bucket/store`; by default `$MEDCL_STORE`,
+            or `~/.cache/medcl`.
         channel: which channel of 4D files to take.
-        workers: processes that read patches while training; 0 reads in the main process.
+        workers: processes that read patches while training; 0 reads ahead in a thread.
+        parts: in how many parts the rows of a step go through the network, one after another: equal gradient, less
+            memory, about a third more time. A step that runs out of memory doubles it by itself.
+        compile: compile the network with torch.compile: minutes at the start, for long runs on a GPU.
+        devices: GPUs a machine (on a CPU: processes) that train together, each on `batch_size` volumes.
+        nodes: machines; start the command on each by `torchrun` or `srun`.
+        strategy: auto or ddp: how they do it.
     """
 
     source: str
@@ -226,6 +249,11 @@ class FinetuneConfig:
     store: str = ""
     channel: int | None = None
     workers: int = 0
+    parts: int = 1
+    compile: bool = False
+    devices: int = 1
+    nodes: int = 1
+    strategy: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -343,6 +371,22 @@ class ExportConfig:
     run: str
     to: str = "monai"
     out: str = ""
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Versions, devices, threads, allocator and disk speed of this machine, a timed step, and what to change.
+
+    Args:
+        store: folder for prepared volumes, or an fsspec address such as `s3://bucket/store`; by default `$MEDCL_STORE`,
+            or `~/.cache/medcl`.
+        quick: time no step.
+        json: print JSON instead of lines.
+    """
+
+    store: str = ""
+    quick: bool = False
+    json: bool = False
 
 
 def from_mapping(kind: type[T], values: dict[str, Any], where: str) -> T:

@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from medcl.data import remote
 from medcl.data.case import Case, Manifest, Problem
 from medcl.data.checks import check_image, check_label
+from medcl.data.dask_pool import map_by_dask
 from medcl.data.io import Volume, read_volume, to_canonical
 from medcl.data.plan import Plan
 from medcl.data.pool import map_safely
 from medcl.data.resample import resample_labels, resample_linear, resampled_affine
 from medcl.data.signature import save_signature, sign, signature_path, voxel_hash
-from medcl.data.store import default_store, write_volume
+from medcl.data.store import store_folder, write_volume
 from medcl.errors import MedclError
 from medcl.files import file_sha256, read_json, write_json
 
@@ -220,7 +222,8 @@ class ContentKeys:
             write_json(self._file, self._known)
 
 
-def _key(manifest: Manifest, case: Case, plan: Plan, contents: ContentKeys) -> str:
+def case_key(manifest: Manifest, case: Case, plan: Plan, contents: ContentKeys) -> str:
+    """Name of a case's folder in the store: of what its files hold and of how it is prepared."""
     label = manifest.label_path(case)
     parts = {
         "version": PREPARE_VERSION,
@@ -240,15 +243,17 @@ def prepare(
     store: str | Path = "",
     workers: int = 0,
     title: str | None = None,
+    dask: str = "",
 ) -> tuple[list[Stored], Manifest]:
     """Prepares what the store does not hold yet.
 
     Args:
         manifest: cases to prepare.
         plan: how.
-        store: folder; by default `default_store()`.
+        store: folder or fsspec address; by default `default_store()`.
         workers: processes; 0 takes one a core.
         title: of a progress bar; none without.
+        dask: address of a Dask scheduler, or `local`; by default a pool of processes here.
 
     Returns:
         The stored cases in the manifest's order, and the manifest without those that could not be prepared, which stand
@@ -257,19 +262,23 @@ def prepare(
     Raises:
         MedclError: no case could be prepared, or the store cannot be written.
     """
-    root = Path(store) if store else default_store()
+    root = store_folder(store)
+    there = remote.held(root)
     contents = ContentKeys(root)
     problems: list[Problem] = []
     paths: dict[str, Path] = {}
     missing: list[tuple[Case, Path, Path]] = []
     for case in manifest.cases:
         try:
-            key = _key(manifest, case, plan, contents)
+            key = case_key(manifest, case, plan, contents)
         except OSError as error:
             problems.append(_problem(case, MedclError(f"cannot be read ({error.strerror})", case.image[0])))
             continue
         paths[case.id] = root / key[:2] / key
-        if not (paths[case.id] / "meta.json").exists():
+        here = (paths[case.id] / "meta.json").exists()
+        if here and remote.origin_of(paths[case.id]) and key not in there:
+            remote.send(paths[case.id])  # cut off before it was sent
+        elif not here and key not in there:
             files = [contents.of(file) for file in manifest.image_paths(case)]
             missing.append((case, paths[case.id], signature_path(root, files, case.channel)))
     contents.save()
@@ -279,7 +288,10 @@ def prepare(
         MedclError("its process was killed", case.image[0], "Use fewer workers: memory ran out.")
         for case, *_ in missing
     ]
-    failures = map_safely(_attempt, tasks, killed, workers or None, title if missing else None, fewest=8)
+    if dask:
+        failures = map_by_dask(_attempt, tasks, killed, dask)
+    else:
+        failures = map_safely(_attempt, tasks, killed, workers or None, title if missing else None, fewest=8)
     for (case, *_), failure in zip(missing, failures, strict=True):
         if failure is not None:
             problems.append(_problem(case, failure))
@@ -301,6 +313,7 @@ def _attempt(task: tuple[Manifest, Case, Plan, Path, Path]) -> MedclError | None
     manifest, case, plan, path, signature = task
     try:
         prepare_case(manifest, case, plan, path, signature)
+        remote.send(path)
     except MedclError as error:
         if isinstance(error.__cause__, OSError) and error.what.startswith(("the disk", "cannot be written")):
             raise  # not this volume's fault: every other one would fail as well

@@ -16,7 +16,7 @@ from medcl.data.plan import Plan, derive_plan
 from medcl.data.prepare import AIR, Stored
 from medcl.data.prepare import prepare as prepare_volumes
 from medcl.data.scan import scan as scan_folder
-from medcl.data.store import default_store, open_volume
+from medcl.data.store import read_meta, store_folder
 from medcl.errors import MedclError
 from medcl.run import log
 
@@ -89,12 +89,17 @@ def plan_for(manifest: Manifest, plan: str, *, device: str, n4: bool = False, sp
 
 
 def prepare_all(
-    manifest: Manifest, plan: Plan, store: str = "", workers: int = 0, cases: tuple[Case, ...] | None = None
+    manifest: Manifest,
+    plan: Plan,
+    store: str = "",
+    workers: int = 0,
+    cases: tuple[Case, ...] | None = None,
+    dask: str = "",
 ) -> tuple[list[Stored], Manifest]:
     """Prepares the manifest's cases, or some of them, with a progress bar, and tells what was set aside."""
     chosen = manifest if cases is None else manifest.with_cases(cases)
     stored, left = prepare_volumes(
-        chosen, plan, store=store, workers=workers, title="prepare" if sys.stderr.isatty() else None
+        chosen, plan, store=store, workers=workers, title="prepare" if sys.stderr.isatty() else None, dask=dask
     )
     tell_problems(left, before=len(manifest.problems))
     tell_twins(stored)
@@ -105,7 +110,7 @@ def tell_twins(stored: list[Stored]) -> None:
     """Warns of equal voxels under two subjects' names: compressed anew, they differ as files."""
     owner: dict[str, Case] = {}
     for item in stored:
-        first = owner.setdefault(open_volume(item.path).meta["voxel_hash"], item.case)
+        first = owner.setdefault(read_meta(item.path)["voxel_hash"], item.case)
         if first.subject != item.case.subject:
             log.warning("%s: holds the same voxels as %s, under another subject's name. Delete one of the two.",
                         item.case.image[0], first.image[0])  # fmt: skip
@@ -135,8 +140,8 @@ def prepare(config: PrepareConfig) -> tuple[list[Stored], Plan]:
     log.info("%s: %s.", config.source, describe(manifest))
     tell_problems(manifest)
     plan = plan_for(manifest, config.plan, device="cpu", n4=config.n4, spacing=config.spacing)
-    stored, _ = prepare_all(manifest, plan, config.store, config.workers)
-    root = Path(config.store) if config.store else default_store()
+    stored, _ = prepare_all(manifest, plan, config.store, config.workers, dask=config.dask)
+    root = store_folder(config.store)
     if not config.plan:
         # one a source, and anew whenever the derived plan changes: a plan that a person has edited is never overwritten
         digest = hashlib.sha256(f"{Path(config.source).resolve()}{plan}".encode()).hexdigest()[:8]
