@@ -28,6 +28,7 @@ _STAGES = {
     "audit": "medcl.leakage",
     "write_report": "medcl.report.stage",
     "export": "medcl.checkpoint",
+    "doctor": "medcl.checkup",
 }
 # stages of bags, whose functions have longer names at home
 _BAGS = {
@@ -46,6 +47,7 @@ __all__ = [*_STAGES, *_BAGS, *_CONFIGS]
 
 if TYPE_CHECKING:
     from medcl.checkpoint import export as export
+    from medcl.checkup import doctor as doctor
     from medcl.config import (
         AuditConfig as AuditConfig,
     )
@@ -54,6 +56,9 @@ if TYPE_CHECKING:
     )
     from medcl.config import (
         CompareConfig as CompareConfig,
+    )
+    from medcl.config import (
+        DoctorConfig as DoctorConfig,
     )
     from medcl.config import (
         EvaluateConfig as EvaluateConfig,

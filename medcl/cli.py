@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medcl.errors import MedclError
+from medcl.scale import follows
 
 Command = Callable[[Any], "int | None"]
 OVERLAP = 3  # exit status of an audit that found one
@@ -37,6 +38,8 @@ def _pretrain(config: Any) -> None:
     from medcl.pretext.stage import pretrain
 
     run = pretrain(config)
+    if follows(config):
+        return  # the first process tells
     _report(run)
     print(f"Next: medcl finetune LABELLED --init {run} --labels 2 --out runs/NAME")
 
@@ -45,6 +48,8 @@ def _finetune(config: Any) -> None:
     from medcl.downstream.stage import finetune
 
     run = finetune(config)
+    if follows(config):
+        return
     _report(run)
     print(f"Next: medcl evaluate {run}, or medcl predict {run} SCANS OUT")
 
@@ -103,6 +108,12 @@ def _export(config: Any) -> None:
     from medcl.checkpoint import export
 
     export(config)
+
+
+def _doctor(config: Any) -> None:
+    from medcl.checkup import report
+
+    report(config)
 
 
 def _mil_pretrain(config: Any) -> None:
@@ -179,6 +190,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str, Command]] = {
     "audit": ("were test volumes seen in training?", ("seen", "held"), "AuditConfig", _audit),
     "report": ("write the page of a run again", ("run",), "ReportConfig", _report_again),
     "export": ("weights for the plain MONAI class", ("run",), "ExportConfig", _export),
+    "doctor": ("this machine: how fast it is, and what to change", (), "DoctorConfig", _doctor),
     "mil pretrain": ("a patch encoder, without labels", ("bags", "out"), "MILPretrainConfig", _mil_pretrain),
     "mil prepare": ("features of slides, images or volumes", ("bags", "out"), "MILPrepareConfig", _mil_prepare),
     "mil fit": ("a classifier of bags, cross-validated by group", ("bags",), "MILFitConfig", _mil_fit),
