@@ -16,6 +16,7 @@ from typing import Any
 
 from medcl.errors import MedclError
 from medcl.files import write_json, write_text
+from medcl.scale import follows
 
 log = logging.getLogger("medcl")
 logging.raiseExceptions = False  # a log line that cannot be written (full disk) is no reason for a traceback
@@ -28,6 +29,9 @@ def open_run(path: str | Path, config: Any, stage: str, resume: bool = False) ->
         MedclError: the folder holds another run and `resume` is off; or nothing to resume; or another config.
     """
     run = Path(path)
+    if hasattr(config, "devices") and follows(config):
+        log.setLevel(logging.ERROR)  # the first process tells and writes
+        return run
     kept = run / "config.yaml"
     if resume:
         if not kept.exists():
@@ -115,12 +119,14 @@ def changes(run: Path, config: Any, stage: str) -> list[str]:
             for f in dataclasses.fields(config))  # fmt: skip
     defaults = {name: value for name, value in made if value is not dataclasses.MISSING}
     old, new = {**defaults, **read_config(run)}, {"stage": stage, **to_plain(config)}
-    # none of them changes what is computed
-    free = {"resume", "workers", "store", "checkpoint_every", "out", "allow_leakage"}
+    # none of these changes what is computed
+    free = {"resume", "workers", "store", "checkpoint_every", "out", "allow_leakage", "parts", "compile"}
     paths = {"source", "init", "plan"}
 
     def same(key: str) -> bool:
         a, b = old.get(key), new.get(key)
+        if key == "batch_size" and b == 0:  # to be chosen, and the run has chosen
+            return True
         return a == b or (key in paths and bool(a and b) and Path(str(a)).resolve() == Path(str(b)).resolve())
 
     return sorted(key for key in old.keys() | new.keys() if key not in free and not same(key))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import platform
 import signal
 import time
@@ -24,6 +23,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from medcl.errors import MedclError
 from medcl.files import atomic_path
 from medcl.run import log, write_metrics
+from medcl.scale import follows, strategy_for
 
 LAST = "checkpoints/last.ckpt"
 FLUSH_SECONDS = 5.0
@@ -87,7 +87,9 @@ def adamw(
             if chosen:
                 groups.append({"params": chosen, "weight_decay": weight_decay if decayed else 0.0})
                 factors.append(usual if share is None else partial(late, share=share))
-    optimizer = torch.optim.AdamW(groups, lr=lr)
+    # fused where measured to help; on a GPU Lightning refuses to clip for it in 16 bits
+    fused = all(p.device.type == "cpu" for p in train)
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=fused or None)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)  # type: ignore[arg-type]
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -178,6 +180,21 @@ class RunLogger(Logger):
         self._board.close()
 
 
+class SilentLogger(Logger):
+    """What a process that does not write the run folder logs to."""
+
+    name = version = "medcl"
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        pass
+
+    def together(self, title: str, *names: str) -> None:
+        pass
+
+
 class Progress(Callback):
     """A bar with loss and learning rate on a terminal; a line every tenth of the way elsewhere."""
 
@@ -191,7 +208,7 @@ class Progress(Callback):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._began, self._first = time.monotonic(), trainer.global_step
-        if Console(stderr=True).is_terminal:
+        if trainer.is_global_zero and Console(stderr=True).is_terminal:
             columns = (TextColumn(self.title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                        TextColumn("{task.fields[note]}"))  # fmt: skip
             self._bar = Progress(*columns, console=Console(stderr=True))
@@ -265,18 +282,26 @@ class StopOnNaN(Callback):
 
 def trainer_for(
     run: Path, *, steps: int, accelerator: str, precision: str, seed: int, every: int, title: str, resume_step: int = 0,
-    callbacks: tuple[Callback, ...] = (), clip: float = 1.0,
+    callbacks: tuple[Callback, ...] = (), clip: float = 1.0, scale: Any = None,
 ) -> pl.Trainer:  # fmt: skip
-    """A quiet Lightning trainer that logs into `run` and runs `steps` optimiser steps on one device."""
+    """A quiet Lightning trainer that logs into `run` and runs `steps` optimiser steps.
+
+    Args:
+        scale: a config with `devices`, `nodes` and `strategy`; one device without.
+    """
     quiet_lightning()
+    many: dict[str, Any] = {"devices": 1}
+    if scale is not None:
+        many = {"devices": scale.devices, "num_nodes": scale.nodes, "strategy": strategy_for(scale)}
+    follower = scale is not None and follows(scale)
     return pl.Trainer(
         accelerator=accelerator,
-        devices=1,
+        **many,
         precision=precision,  # type: ignore[arg-type]
         max_steps=steps,
         max_epochs=-1,
         gradient_clip_val=clip,
-        logger=RunLogger(run, resume_step),
+        logger=SilentLogger() if follower else RunLogger(run, resume_step),
         log_every_n_steps=max(1, min(50, steps // 100)),
         callbacks=[SeedEveryStep(seed), StopOnNaN(), *callbacks, Progress(steps, title), Checkpoints(run, every)],
         plugins=[AtomicCheckpoints()],
@@ -342,8 +367,3 @@ def preserved(module: torch.nn.Module) -> Iterator[None]:
     module.load_state_dict(state)
     for parameter in module.parameters():
         parameter.grad = None
-
-
-def limit_threads() -> None:
-    """On a CPU, waiting threads should sleep: one busy neighbour makes spinning ones many times slower."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -21,6 +21,7 @@ from medcl.downstream.core_tuning import CoreTuning
 from medcl.downstream.semi.base import SemiMethod
 from medcl.downstream.semi.rows import Rows
 from medcl.losses.segmentation import dice_ce, shares
+from medcl.memory import RetrySmaller
 from medcl.networks.backbones import Backbone
 from medcl.precision import autocast
 from medcl.training import adamw, layer_shares
@@ -29,7 +30,7 @@ from medcl.transforms.compose import Compose
 Batch = dict[str, dict[str, Tensor]]
 
 
-class SegmentationModule(pl.LightningModule):
+class SegmentationModule(RetrySmaller):
     """Dice and cross-entropy on augmented patches, and what a semi-supervised method makes of unlabelled ones.
 
     Args:

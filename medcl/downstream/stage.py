@@ -19,15 +19,18 @@ from medcl.data.prepare import Stored
 from medcl.data.signature import subject_hash
 from medcl.data.splits import begun_split, cases_of, draw_labelled, make_split
 from medcl.data.stage import describe, load_source, plan_for, prepare_all, tell_problems
-from medcl.data.store import open_volume
+from medcl.data.store import read_meta
 from medcl.downstream.segmentation import SegmentationModule, Validate
 from medcl.downstream.semi.registry import build_method
 from medcl.errors import MedclError
 from medcl.files import write_json
 from medcl.leakage import compared, refuse
+from medcl.memory import keep_memory
 from medcl.networks.backbones import Backbone, BackboneSpec, build_backbone
+from medcl.networks.parts import check_parts, compile_network
 from medcl.precision import choose_precision, keep_precision
 from medcl.run import begun_run, log, open_run, write_provenance
+from medcl.scale import await_leader, check_scale
 from medcl.seen import Seen, save_seen, seen_by, seen_in
 from medcl.training import choose_accelerator, fit, hours, resume_step, trainer_for
 from medcl.transforms.compose import StrongAugmentation, strong_augmentation
@@ -50,9 +53,12 @@ def finetune(config: FinetuneConfig) -> Path:
     """
     began = time.monotonic()
     check(config)
+    keep_memory()
     accelerator = choose_accelerator(config.accelerator)
-    precision = choose_precision(config.precision, accelerator, config.out if config.resume else "")
-    begun = begun_run(config)
+    check_scale(config, accelerator)
+    led = await_leader(config)  # what another process has prepared
+    precision = choose_precision(config.precision, accelerator, config.out if config.resume or led else "")
+    begun = led or begun_run(config)
     manifest = load_source(config.source, config.channel, begun)
     split = begun_split(begun) or draw_labelled(
         make_split(manifest, config.test_fraction, config.val_fraction, config.split_seed),
@@ -78,7 +84,8 @@ def finetune(config: FinetuneConfig) -> Path:
     refuse(leakage, config.allow_leakage, config.source)
 
     run = open_run(config.out, config, "finetune", config.resume)
-    keep_precision(run, precision, accelerator)
+    if not led:
+        keep_precision(run, precision, accelerator)
     first = resume_step(run) if config.resume else 0
     log.info("%s: %s.", config.source, describe(manifest))
     tell_problems(manifest)
@@ -88,11 +95,12 @@ def finetune(config: FinetuneConfig) -> Path:
         log.warning("%s.", leakage["sentence"])
     used = cases_of(manifest, (*split.labelled, *split.val), labelled=True) + cases_of(manifest, unlabelled)
     stored, left = prepare_all(manifest, plan, config.store, cases=used)
-    plan.save(run / "plan.json")
-    split.save(run / "split.json")
-    left.with_cases(manifest.cases).save(run / "manifest.json")
-    write_json(run / "audit.json", leakage)
-    save_seen(run, seen)
+    if not led:
+        plan.save(run / "plan.json")
+        split.save(run / "split.json")
+        write_json(run / "audit.json", leakage)
+        save_seen(run, seen)
+        left.with_cases(manifest.cases).save(run / "manifest.json")
     train = [item for item in stored if item.case.subject in split.labelled]
     val = [(item.case.subject, item.path) for item in stored if item.case.subject in split.val]
     lost = sorted(set(split.labelled) - {item.case.subject for item in train})
@@ -128,17 +136,23 @@ def finetune(config: FinetuneConfig) -> Path:
     given = [p for name, p in backbone.net.named_parameters() if taken and name in taken.names]
     # another seed than the labelled patches have: the same would augment both alike
     more = CropDataset([item.path for item in images], patch, mix(config.seed + config.draw, 1)) if semi else None
+    check_parts(config.parts, backbone.spec.norm)
+    backbone.parts = config.parts
+    if config.compile:
+        compile_network(backbone)
     module = SegmentationModule(backbone, dataset, config, augmentation, values, plan.spacing, given, semi, more)
     done = contract_of(config, plan, backbone.spec, values, train + images)
     validate = Validate(
         val, patch, config.val_every or max(1, config.steps // 10), precision, accelerator,
-        keep=lambda step: save_weights(run, module.kept, replace(done, step=step)),
+        keep=lambda step: None if led else save_weights(run, module.kept, replace(done, step=step)),
     )  # fmt: skip
     trainer = trainer_for(
         run, steps=config.steps, accelerator=accelerator, precision=precision, seed=config.seed + config.draw,
-        every=config.checkpoint_every, title="finetune", resume_step=first, callbacks=(validate,),
+        every=config.checkpoint_every, title="finetune", resume_step=first, callbacks=(validate,), scale=config,
     )  # fmt: skip
     fit(trainer, module, run if first else None)
+    if led:
+        return run
     facts: dict[str, Any] = {"best_step": validate.best_step, "val_dice": validate.best if val else None}
     if leakage["sentence"]:
         facts["leakage"] = leakage["sentence"]
@@ -153,7 +167,7 @@ def finetune(config: FinetuneConfig) -> Path:
 
 def check(config: FinetuneConfig) -> None:
     """Refuses settings that cannot work, before anything is read."""
-    for name in ("steps", "batch_size", "checkpoint_every"):
+    for name in ("steps", "batch_size", "checkpoint_every", "parts"):
         if getattr(config, name) < 1:
             raise MedclError(f"{getattr(config, name)} is not positive", f"--{name}", "Give at least 1.")
     if config.lr <= 0:
@@ -265,6 +279,6 @@ def contract_of(
         options={"init": config.init, "semi": config.semi},
         label_values=values,
         source=str(Path(config.source).resolve()),
-        volumes=tuple(sorted(open_volume(item.path).meta["voxel_hash"] for item in train)),
+        volumes=tuple(sorted(read_meta(item.path)["voxel_hash"] for item in train)),
         subjects=tuple(sorted({subject_hash(item.case.subject) for item in train})),
     )

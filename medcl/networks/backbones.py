@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from medcl.errors import MedclError
+from medcl.networks.parts import in_parts
 
 Triple = tuple[int, int, int]
 MAX_CHANNELS = 320  # nnU-Net's cap for 3D networks
@@ -51,8 +52,10 @@ class Backbone(nn.Module, ABC):
         spec: what it was built from.
         channels: channels of every map that `encode` returns, fine to coarse.
         reductions: voxels of the input per voxel of every such map, one triple each.
+        parts: in how many parts `encode` and `decode` go through the rows of a batch; see `medcl.networks.parts`.
     """
 
+    parts = 1
     default_width: int
     channels: tuple[int, ...]
     reductions: tuple[Triple, ...]
@@ -233,6 +236,7 @@ class UNetBackbone(Backbone):
     def decoder_modules(self) -> list[nn.Module]:
         return self._levels()[1][:0:-1]
 
+    @in_parts
     def encode(self, x: Tensor) -> list[Tensor]:
         features = []
         for down in self._levels()[0]:
@@ -240,6 +244,7 @@ class UNetBackbone(Backbone):
             features.append(x)
         return features
 
+    @in_parts
     def decode(self, features: Sequence[Tensor], blocks: int | None = None) -> Tensor:
         ups = self._levels()[1][::-1]
         x = features[-1]
@@ -286,6 +291,7 @@ class DynUNetBackbone(Backbone):
     def decoder_modules(self) -> list[nn.Module]:
         return list(self.net.upsamples)
 
+    @in_parts
     def encode(self, x: Tensor) -> list[Tensor]:
         features = []
         for block in self.encoder_modules():
@@ -293,6 +299,7 @@ class DynUNetBackbone(Backbone):
             features.append(x)
         return features
 
+    @in_parts
     def decode(self, features: Sequence[Tensor], blocks: int | None = None) -> Tensor:
         x = features[-1]
         for up, skip in zip(list(self.net.upsamples)[:blocks], reversed(features[:-1]), strict=False):
@@ -342,6 +349,7 @@ class SwinUNETRBackbone(Backbone):
         encoder += [level + more for level, more in zip(levels, beside, strict=True)]
         return encoder + [[module] for module in self.decoder_modules()]
 
+    @in_parts
     def encode(self, x: Tensor) -> list[Tensor]:
         net = self.net
         net._check_input_size(x.shape[2:])
@@ -355,6 +363,7 @@ class SwinUNETRBackbone(Backbone):
             _run(net.encoder10, hidden[4]),
         ]
 
+    @in_parts
     def decode(self, features: Sequence[Tensor], blocks: int | None = None) -> Tensor:
         net, x = self.net, features[-1]
         ups = (net.decoder5, net.decoder4, net.decoder3, net.decoder2, net.decoder1)

@@ -55,10 +55,12 @@ class MaskedEncoder(nn.Module):
             return torch.where(hidden, token.to(tokens.dtype), tokens)
 
         handle = backbone.net.swinViT.patch_embed.register_forward_hook(replace)
+        parts, backbone.parts = backbone.parts, 1  # the hook knows the whole batch, and is gone when a part is repeated
         try:
             return backbone.encode(masked)
         finally:
             handle.remove()
+            backbone.parts = parts
 
 
 class ReconstructionHead(nn.Module):

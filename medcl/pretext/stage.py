@@ -21,15 +21,19 @@ from medcl.data.prepare import Stored
 from medcl.data.signature import subject_hash
 from medcl.data.splits import Split, begun_split, cases_of, make_split
 from medcl.data.stage import describe, load_source, plan_for, prepare_all, tell_problems
-from medcl.data.store import open_volume
+from medcl.data.store import read_meta
 from medcl.errors import MedclError
+from medcl.memory import RetrySmaller, keep_memory, make_room, out_of_memory
 from medcl.networks.backbones import BackboneSpec, build_backbone
+from medcl.networks.parts import check_parts, compile_network
 from medcl.precision import autocast, choose_precision, keep_precision
 from medcl.pretext.base import PretextTask
+from medcl.pretext.fitting import fit_to_memory
 from medcl.pretext.probing import probe_for, subjects_to_probe
 from medcl.pretext.registry import task_class
 from medcl.pretext.watch import Watch
-from medcl.run import begun_run, log, open_run, write_provenance
+from medcl.run import begun_run, log, open_run, read_config, write_config, write_provenance
+from medcl.scale import await_leader, check_scale, local_rank
 from medcl.seen import Seen, save_seen, seen_by, seen_in
 from medcl.training import (
     adamw,
@@ -50,7 +54,7 @@ def without_gradient(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-class PretextModule(pl.LightningModule):
+class PretextModule(RetrySmaller):
     """Lightning's view of a pretext task."""
 
     def __init__(self, task: PretextTask, dataset: ReadDataset, config: PretrainConfig):
@@ -103,6 +107,17 @@ class PretextModule(pl.LightningModule):
         self.log_dict({**{k: v.detach() for k, v in losses.items()}, "lr": rate}, batch_size=len(batch["image"]))
         return {"loss": self.cost(losses), "objective": loss}
 
+    def trial(self, volumes: int, accelerator: str, precision: str) -> None:
+        """Forward and backward pass of the first `volumes` samples; gradients stay."""
+        device = torch.device("cuda", local_rank()) if accelerator == "gpu" else torch.device("cpu")
+        self.to(device)
+        batch = join_reads([self.dataset[number] for number in range(volumes)])
+        with autocast(precision, accelerator):
+            losses = self.losses(self.transfer_batch_to_device(batch, device, 0))
+        self.cost(losses).backward()
+        if accelerator == "gpu":
+            torch.cuda.synchronize()
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         # here and not in `on_train_batch_end`, which runs after the callbacks: a checkpoint must hold the new teacher
@@ -127,11 +142,16 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     began = time.monotonic()
     check(config)
+    keep_memory()
     accelerator = choose_accelerator(config.accelerator)
-    precision = choose_precision(config.precision, accelerator, config.out if config.resume else "")
+    check_scale(config, accelerator)
+    led = await_leader(config)  # what another process has prepared
+    precision = choose_precision(config.precision, accelerator, config.out if config.resume or led else "")
     kind = task_class(config.task)
     pretrained = None if config.init == "none" else load_weights(config.init)
-    begun = begun_run(config)
+    begun = led or begun_run(config)
+    if begun and config.batch_size == 0:
+        config = replace(config, batch_size=read_config(begun)["batch_size"])
     manifest = load_source(config.source, config.channel, begun)
     if begun:
         # what the run holds, not what the source would give by now
@@ -154,15 +174,21 @@ def pretrain(config: PretrainConfig) -> Path:
     task = kind(backbone, plan, config.options)
 
     run = open_run(config.out, config, "pretrain", config.resume)
-    keep_precision(run, precision, accelerator)
+    if not led:
+        keep_precision(run, precision, accelerator)
     first = resume_step(run) if config.resume else 0
     log.info("%s: %s.", config.source, describe(manifest))
     tell_problems(manifest)
     stored, left = prepare_all(manifest, plan, config.store, cases=cases_of(manifest, subjects))
-    plan.save(run / "plan.json")
-    if split:
-        split.save(run / "split.json")
-    left.save(run / "manifest.json")
+    if config.batch_size == 0:
+        task, plan, config = fitted(config, kind, spec, plan, pretrained, [item.path for item in stored], accelerator,
+                                    precision)  # fmt: skip
+        write_config(run, "pretrain", config)
+    if not led:
+        plan.save(run / "plan.json")
+        if split:
+            split.save(run / "split.json")
+        left.save(run / "manifest.json")
     if split:
         log.info("%d subjects pretrain; %d of validation and %d of test are left out (--subjects all takes them).",
                  len(subjects), len(split.val), len(split.test))  # fmt: skip
@@ -173,6 +199,9 @@ def pretrain(config: PretrainConfig) -> Path:
     tell_small_volumes(stored, task)
     dataset = ReadDataset([item.path for item in stored], task.read_size, config.seed, task.places)
     module = PretextModule(task, dataset, config)
+    task.backbone.parts = max(config.parts, task.backbone.parts)
+    if config.compile:
+        compile_network(task.backbone)
     size = sum(p.numel() for p in task.backbone.encoder_parameters()) / 1e6
     log.info("%s on %s (encoder of %.1f M parameters), %s, %s: %s.",
              config.task, config.backbone, size, accelerator, precision, task.describe())  # fmt: skip
@@ -192,10 +221,13 @@ def pretrain(config: PretrainConfig) -> Path:
     trainer = trainer_for(
         run, steps=config.steps, accelerator=accelerator, precision=precision, seed=config.seed,
         every=config.checkpoint_every, title=f"pretrain {config.task}", resume_step=first, callbacks=callbacks,
+        scale=config,
     )  # fmt: skip
     fit(trainer, module, run if first else None)
     if summary := watch.summary():
         log.info(summary)
+    if led:
+        return run
     save_seen(run, before + seen_in(manifest, [item.case for item in stored], "pretraining", run, config.store))
     save_weights(run, task.backbone, contract_of(task, config, plan, spec, stored))
     write_provenance(run, began, accelerator=accelerator, precision=precision, seed=config.seed, resumed_at=first)
@@ -205,11 +237,14 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def check(config: PretrainConfig) -> None:
     """Refuses settings that cannot work, before anything is read."""
-    for name in ("steps", "batch_size", "checkpoint_every"):
+    for name in ("steps", "checkpoint_every", "parts"):
         if getattr(config, name) < 1:
             raise MedclError(f"{getattr(config, name)} is not positive", f"--{name}", "Give at least 1.")
     if not 0 <= config.rank_weight < math.inf:
         raise MedclError(f"{config.rank_weight} is no weight", "--rank_weight", "Give 0 or more.")
+    if config.batch_size < 0 or (config.batch_size == 0 and config.devices * config.nodes > 1):
+        raise MedclError(f"{config.batch_size} volumes a step", "--batch_size", "Give at least 1 (0 on one device).")
+    check_parts(config.parts, config.norm)
     if config.lr <= 0:
         raise MedclError(f"{config.lr} is not positive", "--lr", "Give a positive number.")
     if not 0 <= config.warmup < 1:
@@ -222,7 +257,7 @@ def check(config: PretrainConfig) -> None:
 
 def tell_small_volumes(stored: list[Stored], task: PretextTask) -> None:
     """Says how many volumes a read does not fit into: what is missing repeats their edge."""
-    shapes = [open_volume(item.path).shape for item in stored]
+    shapes = [read_meta(item.path)["shape"] for item in stored]
     small = sum(any(n < r for n, r in zip(shape, task.read_size, strict=True)) for shape in shapes)
     if small:
         size = " x ".join(map(str, task.read_size))
@@ -236,6 +271,31 @@ def tell_small_volumes(stored: list[Stored], task: PretextTask) -> None:
                         "theirs show the same.", thin, len(stored), " x ".join(map(str, grid)))  # fmt: skip
 
 
+def fitted(
+    config: PretrainConfig, kind: Any, spec: BackboneSpec, plan: Plan, pretrained: Any, paths: list[Path],
+    accelerator: str, precision: str,
+) -> tuple[PretextTask, Plan, PretrainConfig]:  # fmt: skip
+    """The task, plan and config of the largest batch that fits into memory."""
+
+    class Trial(PretextModule):
+        def trial(self, volumes: int, accelerator: str, precision: str = precision) -> None:
+            with preserved(self):
+                super().trial(volumes, accelerator, precision)
+
+    def build(plan: Plan) -> PretextModule:
+        torch.manual_seed(config.seed)  # the weights of a run do not depend on how often it was measured
+        backbone = build_backbone(replace(spec, strides=plan.strides))
+        if pretrained:
+            contract, state = pretrained
+            transfer(contract, state, backbone, config.init)
+        task = kind(backbone, plan, config.options)
+        backbone.parts = config.parts
+        return Trial(task, ReadDataset(paths, task.read_size, config.seed, task.places), config)
+
+    module, plan, batch = fit_to_memory(build, plan, len(paths), accelerator)
+    return module.task, plan, replace(config, batch_size=batch, parts=module.task.backbone.parts)
+
+
 def choose_subjects(manifest: Manifest, config: PretrainConfig) -> tuple[tuple[str, ...], Split | None]:
     """Who pretrains: by default nobody whom `finetune` on the same folder would validate or test on."""
     split = make_split(manifest, config.test_fraction, config.val_fraction, config.split_seed)
@@ -246,20 +306,19 @@ def choose_subjects(manifest: Manifest, config: PretrainConfig) -> tuple[tuple[s
 
 def timed_step(module: PretextModule, accelerator: str, precision: str) -> float:
     """Seconds of one training step: the last of a few trial ones, which leave no trace."""
-    device = torch.device("cuda" if accelerator == "gpu" else "cpu")
-    module.to(device)
-    numbers = range(module.config.batch_size)
     spent = 0.0
     with preserved(module):
-        for _ in range(TIMED_STEPS):
+        left = TIMED_STEPS
+        while left:
             began = time.perf_counter()
-            batch = join_reads([module.dataset[number] for number in numbers])
-            with autocast(precision, accelerator):
-                losses = module.losses(module.transfer_batch_to_device(batch, device, 0))
-            module.cost(losses).backward()
-            if accelerator == "gpu":
-                torch.cuda.synchronize()
-            spent = time.perf_counter() - began
+            try:
+                module.trial(module.config.batch_size, accelerator, precision)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                make_room(module.task.backbone, "A trial step", error)
+                continue
+            spent, left = time.perf_counter() - began, left - 1
     return spent
 
 
@@ -275,7 +334,7 @@ def contract_of(
         task=config.task,
         options=task.resolved(),
         source=str(Path(config.source).resolve()),
-        volumes=tuple(sorted(open_volume(item.path).meta["voxel_hash"] for item in stored)),
+        volumes=tuple(sorted(read_meta(item.path)["voxel_hash"] for item in stored)),
         subjects=tuple(sorted({subject_hash(item.case.subject) for item in stored})),
         step=config.steps,
     )

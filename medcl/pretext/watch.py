@@ -109,7 +109,8 @@ class Watch(pl.Callback):
             return
         values = self.look(module.seen["views"], z, marks, trainer.global_step)
         trainer.logger.log_metrics(values, trainer.global_step - 1)  # type: ignore[union-attr]
-        for name, message in self.verdicts(trainer.global_step).items():
+        found = trainer.strategy.broadcast(self.verdicts(trainer.global_step))  # all processes stop, or none
+        for name, message in found.items():
             self.tell(trainer, name, message)
 
     @torch.no_grad()

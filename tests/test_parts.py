@@ -1,0 +1,167 @@
+"""A step in parts, and a step that runs out of memory: the gradient is that of the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import medcl
+from medcl import FinetuneConfig, PretrainConfig
+from medcl.checkpoint import load_weights
+from medcl.data.plan import Plan
+from medcl.errors import MedclError
+from medcl.memory import fitting_batch, out_of_memory, peak_of
+from medcl.networks import backbones
+from medcl.networks.backbones import BackboneSpec, build_backbone
+from medcl.pretext.fitting import shrunk
+
+SMALL = {"hidden": 16, "embedding": 8, "crops": 2}
+
+
+def gradients(backbone, image):
+    """Of a loss that looks across rows, as contrast does."""
+    backbone.zero_grad()
+    out = torch.cat([feature.flatten(2).mean(2) for feature in backbone.encode(image)], dim=1)
+    (torch.softmax(out @ out.T, dim=1).diagonal().log().sum() + backbone(image).square().mean()).backward()
+    return {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("name", "size"), [("unet", 16), ("dynunet", 16)])
+def test_parts_give_the_gradient_of_the_whole(name, size):
+    torch.manual_seed(0)
+    backbone = build_backbone(BackboneSpec(name, strides=((2, 2, 2),) * 2, width=4))
+    image = torch.randn(5, 1, size, size, size)
+    whole = gradients(backbone, image)
+    backbone.parts = 3  # of unequal size
+    pieces = gradients(backbone, image)
+    assert whole.keys() == pieces.keys() and whole
+    a, b = (torch.cat([g.flatten() for g in grads.values()]) for grads in (whole, pieces))
+    assert float((a - b).norm() / a.norm()) < 1e-5
+
+
+def test_parts_take_less_memory():
+    backbone = build_backbone(BackboneSpec("dynunet", strides=((2, 2, 2),) * 2, width=16))
+    image = torch.randn(8, 1, 32, 32, 32)
+
+    def step():
+        sum(feature.square().mean() for feature in backbone.encode(image)).backward()
+
+    step()
+    whole = peak_of(step, "cpu")
+    backbone.parts = 8
+    parts = peak_of(step, "cpu")
+    if whole != whole:
+        pytest.skip("this system does not tell the height of memory")
+    assert parts < 0.6 * whole
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """A network that runs out of memory with more rows than `most` at a time, once `ready`."""
+    state = {"most": 10**6, "failed": 0}
+    original = backbones._run
+
+    def run(module, *inputs):
+        if len(inputs[0]) > state["most"] and torch.is_grad_enabled():
+            state["failed"] += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return original(module, *inputs)
+
+    monkeypatch.setattr(backbones, "_run", run)
+    return state
+
+
+def from_step(monkeypatch, state, step, most):
+    from medcl.training import SeedEveryStep
+
+    original = SeedEveryStep.on_train_batch_start
+
+    def start(self, trainer, module, *args):
+        original(self, trainer, module, *args)
+        if trainer.global_step == step:
+            state["most"] = most
+
+    monkeypatch.setattr(SeedEveryStep, "on_train_batch_start", start)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_step_without_memory_is_taken_again_in_parts(stage, tmp_path, phantoms, monkeypatch, little_memory):
+    def config(out, **more):
+        if stage == "pretrain":
+            return PretrainConfig(
+                str(phantoms), str(tmp_path / out), steps=4, task="voco", batch_size=2, width=4, options=SMALL, **more
+            )
+        return FinetuneConfig(str(phantoms), str(tmp_path / out), steps=3, batch_size=4, width=4, labels="2", **more)
+
+    whole = getattr(medcl, stage)(config("whole"))
+    from_step(monkeypatch, little_memory, 2, 3)
+    parts = getattr(medcl, stage)(config("parts"))
+    assert little_memory["failed"] > 0
+    assert "ran out of memory. It is taken again with its rows in" in (parts / "log.txt").read_text()
+    first, second = (load_weights(run)[1] for run in (whole, parts))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-4)
+
+
+def test_without_memory_for_a_single_row_the_run_ends_with_a_remedy(tmp_path, phantoms, monkeypatch, little_memory):
+    from_step(monkeypatch, little_memory, 1, 0)
+    with pytest.raises(MedclError, match=r"Step 2: out of memory\. Lower --batch_size"):
+        medcl.pretrain(
+            PretrainConfig(
+                str(phantoms), str(tmp_path / "run"), steps=4, task="voco", batch_size=2, width=4, options=SMALL
+            )
+        )
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert out_of_memory(
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+    )
+    assert not out_of_memory(RuntimeError("shapes cannot be multiplied"))
+    assert not out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(1000, 8), (100, 7), (50, 3), (25, 1), (22, 0)])
+def test_the_batch_is_the_largest_whose_step_fits_with_a_margin(budget, expected):
+    """A step takes 10 and 10 a volume: of 85% of the budget, (0.85 * budget - 10) / 10 volumes."""
+    assert fitting_batch(lambda rows: 10 + 10 * rows, budget, 1, 8) == expected
+
+
+def test_a_batch_that_ran_out_of_memory_while_measured_is_not_chosen():
+    def peak(rows):
+        return 10.0 if rows == 1 else float("inf")
+
+    assert fitting_batch(peak, 1000, 1, 8) == 1
+    assert fitting_batch(lambda rows: float("inf"), 1000, 1, 8) == 0
+
+
+def test_a_batch_of_its_own_choice_is_kept_and_resumed(tmp_path, phantoms):
+    from medcl.run import read_config
+
+    settings = {"task": "voco", "steps": 2, "width": 4, "options": SMALL, "batch_size": 0}
+    run = medcl.pretrain(PretrainConfig(str(phantoms), str(tmp_path / "run"), **settings))
+    chosen = read_config(run)["batch_size"]
+    assert chosen >= 2
+    assert f"Batch of {chosen} volumes" in (run / "log.txt").read_text()
+    again = medcl.pretrain(PretrainConfig(str(phantoms), str(tmp_path / "run"), resume=True, **settings))
+    assert read_config(again)["batch_size"] == chosen
+
+
+def test_where_nothing_else_fits_crops_shrink(tmp_path, phantoms):
+    from medcl.pretext.fitting import fit_to_memory
+
+    class Module:
+        def __init__(self, plan):
+            self.plan, self.task = plan, self
+            self.needs_volumes, self.backbone = 1, build_backbone(BackboneSpec("unet", width=4))
+
+        def trial(self, rows, accelerator):
+            if self.plan.patch_size[0] > 40:
+                raise torch.OutOfMemoryError("out of memory")
+
+    module, plan, batch = fit_to_memory(Module, Plan(), 5, "cpu", budget=2**40)
+    assert plan.patch_size == (32, 32, 32)  # after 64 and 48: multiples of the strides
+    assert module.plan is plan
+    assert batch >= 1
+    assert shrunk(Plan(patch_size=(8, 8, 8))) == Plan(patch_size=(8, 8, 8))

@@ -1,0 +1,108 @@
+"""Two processes by the real command take the steps of one with the joined batch, and one of them writes the run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import medcl
+from medcl import PretrainConfig
+from medcl.checkpoint import load_weights
+from medcl.errors import MedclError
+from medcl.run import read_config, read_metrics
+from medcl.scale import check_scale, follows, rank_of
+
+SETTINGS = {"task": "voco", "steps": 3, "width": 4, "lr": 1e-3, "accelerator": "cpu", "precision": "32", "seed": 1}
+# dropout is drawn by each process for itself
+OPTIONS = {"hidden": 16, "embedding": 8, "crops": 2, "feature_dropout": 0.0}
+LAUNCHERS = {
+    "lightning": [sys.executable, "-m", "medcl.cli"],
+    "torchrun": [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "medcl.cli",
+    ],
+}
+
+
+def arguments(source: Path, out: Path, **more) -> list[str]:
+    named = [f"--{name}={value}" for name, value in {**SETTINGS, **more}.items()]
+    return ["pretrain", str(source), "--out", str(out), *named, *(f"--options.{k}={v}" for k, v in OPTIONS.items())]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, phantoms):
+    """One process: with the joined batch, and with one half of it."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDCL_STORE", str(folder / "store"))
+        return {
+            batch: medcl.pretrain(
+                PretrainConfig(str(phantoms), str(folder / str(batch)), batch_size=batch, options=OPTIONS, **SETTINGS)
+            )
+            for batch in (4, 2)
+        }
+
+
+def weights(run: Path) -> torch.Tensor:
+    tensors = load_weights(run)[1]
+    return torch.cat([tensors[name].flatten().float() for name in sorted(tensors)])
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_as_one_with_the_joined_batch(launcher, alone, tmp_path, phantoms):
+    call = [*LAUNCHERS[launcher], *arguments(phantoms, tmp_path / "run", batch_size=2, devices=2)]
+    place = str(Path(medcl.__file__).parents[1])
+    env = {**os.environ, "MEDCL_STORE": str(tmp_path / "store"), "OMP_NUM_THREADS": "1", "PYTHONPATH": place}
+    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = tmp_path / "run"
+    assert read_config(run)["devices"] == 2
+    assert {"config.yaml", "log.txt", "manifest.json", "metrics.csv", "provenance.json", "weights", "report.html"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert (run / "log.txt").read_text().count("Encoder in") == 1
+    assert done.stdout.count("Next: medcl finetune") == 1
+
+    joint, whole, half = weights(run), weights(alone[4]), weights(alone[2])
+    assert float((joint - whole).norm()) < 0.2 * float((half - whole).norm())
+    steps = [[row["loss"] for row in read_metrics(folder)] for folder in (run, alone[4])]
+    assert steps[0] == pytest.approx(steps[1], rel=1e-4)
+
+
+@dataclass
+class Scale:
+    devices: int = 2
+    nodes: int = 1
+    strategy: str = "auto"
+    out: str = ""
+
+
+def test_ranks_are_those_of_the_launcher(monkeypatch):
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    assert rank_of(Scale()) == 0
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert rank_of(Scale()) == 1
+    monkeypatch.setenv("NODE_RANK", "3")
+    assert rank_of(Scale(nodes=4)) == 7
+    monkeypatch.setenv("SLURM_PROCID", "5")
+    assert rank_of(Scale(nodes=4)) == 5 and follows(Scale(nodes=4))
+    assert not follows(Scale(devices=1))  # many independent runs under one srun
+
+
+def test_what_cannot_work_is_told_at_once():
+    for scale, word in ((Scale(devices=0), "--devices"), (Scale(strategy="zero"), "unknown strategy")):
+        with pytest.raises(MedclError, match=word):
+            check_scale(scale, "cpu")
