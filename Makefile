@@ -4,7 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+# each measures medcl and what a user would run instead turn by turn; --help of each tells more
+BENCHMARKS := crop_reads view_building pretrain_step prediction startup_scale mil_bags
+
+.PHONY: demo test lint bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +23,9 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: $(VENV)/ready
+	for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py $(BENCH) || exit 1; done
 
 clean:
 	rm -rf $(VENV)
