@@ -11,7 +11,7 @@ import numpy as np
 
 from medcl.data.matching import THRESHOLD, Match, matches
 from medcl.data.signature import SIGNATURE_VERSION
-from medcl.data.store import default_store
+from medcl.data.store import store_folder
 from medcl.errors import MedclError
 from medcl.files import read_json, write_json
 
@@ -25,7 +25,7 @@ def remembered(known: Sequence[np.ndarray], new: Sequence[np.ndarray], store: st
         places.setdefault(_hash(picture), []).append(place)
     marks = sorted(places)  # in an order that does not depend on who was named first
     asked = [_hash(picture) for picture in new]
-    root = Path(store) if store else default_store()
+    root = store_folder(store)
     key = hashlib.sha256(repr((SIGNATURE_VERSION, THRESHOLD, marks)).encode()).hexdigest()[:32]
     path = root / "matches" / f"{key}.json"
     answers = _load(path)

@@ -13,7 +13,7 @@ from medcl.data.io import read_volume, to_canonical
 from medcl.data.pool import map_safely
 from medcl.data.prepare import ContentKeys
 from medcl.data.signature import Signature, load_signature, save_signature, sign, signature_path
-from medcl.data.store import default_store
+from medcl.data.store import store_folder
 from medcl.errors import MedclError
 
 
@@ -29,7 +29,7 @@ def signatures(
         workers: processes; 0 takes one a core.
         title: of a progress bar; none without.
     """
-    root = Path(store) if store else default_store()
+    root = store_folder(store)
     contents = ContentKeys(root)
     paths: dict[str, Path] = {}
     for case in cases:
