@@ -99,8 +99,9 @@ def test_a_step_without_memory_is_taken_again_in_parts(stage, tmp_path, phantoms
     assert little_memory["failed"] > 0
     assert "ran out of memory. It is taken again with its rows in" in (parts / "log.txt").read_text()
     first, second = (load_weights(run)[1] for run in (whole, parts))
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-4)
+    a, b = (torch.cat([tensors[name].flatten() for name in sorted(first)]) for tensors in (first, second))
+    # Adam moves a weight without gradient by its rounding error; a step left out would be ten times this
+    assert float((a - b).norm() / a.norm()) < 3e-4
 
 
 def test_without_memory_for_a_single_row_the_run_ends_with_a_remedy(tmp_path, phantoms, monkeypatch, little_memory):
