@@ -151,7 +151,7 @@ def test_a_folder_against_itself_tells_only_what_goes_under_two_names(phantoms, 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
 
-SMALL = {"hidden": 16, "embedding": 8, "crops": 2}
+SMALL = {"hidden": 16, "embedding": 8}
 
 
 def pretraining(source, out, **more) -> PretrainConfig:

@@ -11,6 +11,7 @@ import medcl
 import medcl.data.crops
 from medcl import FinetuneConfig, PretrainConfig
 from medcl.checkpoint import load_weights
+from medcl.data.signature import subject_hash
 from medcl.data.stage import load_source
 from medcl.data.store import open_volume
 from medcl.downstream.segmentation import SegmentationModule
@@ -65,8 +66,8 @@ def test_only_images_of_unlabelled_training_subjects_are_read(tmp_path, phantoms
     split = json.loads((run / "split.json").read_text())
     assert split["val"] and split["test"]
     contract = load_weights(run)[0]
-    assert set(contract.subjects) == set(split["train"])
-    assert not set(contract.subjects) & {*split["val"], *split["test"]}
+    assert set(contract.subjects) == set(map(subject_hash, split["train"]))
+    assert not set(contract.subjects) & set(map(subject_hash, (*split["val"], *split["test"])))
     of = {}
     for case in load_source(str(phantoms)).cases:
         of.setdefault(case.subject, case)
@@ -216,7 +217,7 @@ def test_core_tuning_beside_mixed_patches_resumes_bit_for_bit(tmp_path, phantoms
 
 
 def test_frozen_weights_stay_and_slowed_ones_move_less(tmp_path, phantoms):
-    options = {"hidden": 16, "embedding": 8, "crops": 2}
+    options = {"hidden": 16, "embedding": 8}
     pre = medcl.pretrain(
         PretrainConfig(str(phantoms), str(tmp_path / "pre"), steps=2, batch_size=2, width=4, options=options)
     )
