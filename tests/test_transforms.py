@@ -164,7 +164,7 @@ def test_neutral_strength_changes_next_to_nothing() -> None:
         RandomBiasField((0.0, 0.0)),
         RandomCoarseDropout(size=(0.0, 0.0)),
     ):
-        torch.testing.assert_close(transform(image, SEEDS), image, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(transform(image, SEEDS), image, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize(

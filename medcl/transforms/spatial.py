@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from medcl.transforms.base import Params, RandomTransform, Range, select
 from medcl.transforms.linear import smooth_field
 from medcl.transforms.random import bernoulli, uniform
+from medcl.transforms.sampling import sample
 
 STRONGLY_ANISOTROPIC = 3.0  # nnU-Net's threshold on the ratio of spacings
 _MOST_BEND = 0.4  # of the control spacing: below it a cubic B-spline deformation cannot fold (Choi and Lee, 2000)
@@ -147,7 +147,8 @@ class RandomSpatial(RandomTransform):
             result = turn @ slant @ result
         return result
 
-    def coordinates(self, params: Params, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    @staticmethod
+    def coordinates(params: Params, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Where each output voxel was taken from.
 
         Args:
@@ -160,19 +161,8 @@ class RandomSpatial(RandomTransform):
         """
         shape = tuple(shape)[-3:]
         centre = torch.tensor([(n - 1) / 2 for n in shape])
-        return self._positions(params, shape, torch.ones(3), centre, device)
-
-    @staticmethod
-    def _positions(
-        params: Params, shape: tuple[int, ...], unit: Tensor, centre: Tensor, device: torch.device | str
-    ) -> Tensor:
-        """Source positions (B, 3, D, H, W) where a voxel is `unit` (3,) long and the volume's middle is `centre` (3,).
-
-        Units are changed in the parameters, a handful of numbers, rather than at every voxel.
-        """
-        matrix = (params["matrix"] * unit[:, None]).to(device)
-        start = (params["offset"] * unit + centre).to(device)
-        control = (params["control"] * unit[:, None, None, None]).to(device)
+        matrix, control = params["matrix"].to(device), params["control"].to(device)
+        start = (params["offset"] + centre).to(device)
         depth, height, width = (
             matrix[:, :, axis, None] * (torch.arange(n, dtype=torch.float32, device=device) - (n - 1) / 2)
             for axis, n in enumerate(shape)
@@ -187,26 +177,15 @@ class RandomSpatial(RandomTransform):
             where[some] += smooth_field(control[some], shape)
         return where
 
-    def _grid(self, params: Params, image: Tensor) -> Tensor:
-        """The same as `grid_sample` wants it: (B, D, H, W, 3), in W, H, D order, the volume's edges at -1 and 1."""
-        shape = tuple(image.shape[2:])
-        unit = torch.tensor([2 / n for n in shape])
-        reverse = [2, 1, 0]
-        rows = {name: params[name][:, reverse] for name in ("matrix", "offset", "control")}
-        grid = self._positions(rows, shape, unit[reverse], torch.zeros(3), image.device)
-        return grid.permute(0, 2, 3, 4, 1).to(image.dtype)
-
-    def _sample_label(self, label: Tensor, grid: Tensor) -> Tensor:
+    def _sample_label(self, label: Tensor, where: Tensor) -> Tensor:
         if self.label_mode == "nearest":
-            values = label.to(grid.dtype)
-            return F.grid_sample(values, grid, "nearest", self.label_padding, align_corners=False).to(label.dtype)
-        best = torch.zeros(label.shape[:2] + grid.shape[1:4], dtype=label.dtype, device=label.device)
-        share = torch.zeros(best.shape, dtype=grid.dtype, device=label.device)
+            return sample(label.to(where.dtype), where, "nearest", self.label_padding).to(label.dtype)
+        best = torch.zeros(label.shape[:2] + where.shape[2:], dtype=label.dtype, device=label.device)
+        share = torch.zeros(best.shape, dtype=where.dtype, device=label.device)
         total = share.clone()
         for value in torch.unique(label):
             if value != 0:
-                inside = (label == value).to(grid.dtype)
-                moved = F.grid_sample(inside, grid, "bilinear", self.label_padding, align_corners=False)
+                moved = sample((label == value).to(where.dtype), where, "bilinear", self.label_padding)
                 best, share = torch.where(moved > share, value, best), torch.maximum(moved, share)
                 total += moved
         return torch.where(share > 1 - total, best, torch.zeros_like(best))  # what no class claims is background
@@ -225,18 +204,18 @@ class RandomSpatial(RandomTransform):
         out = image.clone()
         out_label = None if label is None else label.clone()
         # a mirror image alone needs no interpolation and is exact
-        for sample in (params["active"] & ~params["warped"]).nonzero().squeeze(1).tolist():
-            dims = [axis + 1 for axis in range(3) if params["flip"][sample, axis]]
-            out[sample] = image[sample].flip(dims)
+        for row in (params["active"] & ~params["warped"]).nonzero().squeeze(1).tolist():
+            dims = [axis + 1 for axis in range(3) if params["flip"][row, axis]]
+            out[row] = image[row].flip(dims)
             if label is not None and out_label is not None:
-                out_label[sample] = label[sample].flip(dims)
+                out_label[row] = label[row].flip(dims)
         warped = params["warped"].nonzero().squeeze(1)
         # a CPU samples a volume with one thread; fewer volumes at a time keep the grids in cache (a quarter less time)
         size = torch.get_num_threads() if image.device.type == "cpu" else max(len(warped), 1)
         for chosen in warped.split(size):
-            where = chosen.to(image.device)
-            grid = self._grid(select(params, chosen), image)
-            out[where] = F.grid_sample(image[where], grid, "bilinear", "border", align_corners=False)
+            rows = chosen.to(image.device)
+            where = self.coordinates(select(params, chosen), image.shape, image.device)
+            out[rows] = sample(image[rows], where)
             if label is not None and out_label is not None:
-                out_label[where] = self._sample_label(label[where], grid)
+                out_label[rows] = self._sample_label(label[rows], where)
         return out, out_label
