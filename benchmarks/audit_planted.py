@@ -146,7 +146,7 @@ def cases_of_set(manifest: Manifest, root: Path) -> list[Case]:
 
 def signed(path: Path, name: str = "", subject: str = "") -> SeenVolume:
     one = sign(to_canonical(read_volume([path])).array)
-    return SeenVolume(one.voxels, one.values, subject, thumbnail=one.thumbnail, name=name)
+    return SeenVolume(one.voxels, one.values, subject, picture=lambda: one.thumbnail, name=name)
 
 
 def thumbnail_of(volume: SeenVolume) -> np.ndarray:

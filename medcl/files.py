@@ -74,7 +74,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    with atomic_path(path) as part, open(part, "w", encoding="utf-8") as stream:
+        json.dump(data, stream, indent=1, ensure_ascii=False, allow_nan=False)  # never the whole text in memory
+        stream.write("\n")
 
 
 def read_json(path: str | Path) -> Any:

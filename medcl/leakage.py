@@ -63,7 +63,7 @@ def overlaps(seen: Seen, held: Seen, within: bool = False, store: str = "") -> l
             by_hash.setdefault(mark, []).append(volume)
         if volume.subject:
             by_subject.setdefault(volume.subject, volume)
-    pictures = [(volume, volume.thumbnail) for volume in seen.volumes if volume.thumbnail is not None]
+    pictures = [(volume, picture) for volume in seen.volumes if (picture := volume.thumbnail) is not None]
     found: dict[int, list[Overlap]] = {}
     rest: list[tuple[int, np.ndarray]] = []
     for number, case in enumerate(held.volumes):
@@ -71,8 +71,8 @@ def overlaps(seen: Seen, held: Seen, within: bool = False, store: str = "") -> l
         same = [volume for volume in same if not (within and volume.subject == case.subject)]
         if same:
             found[number] = [Overlap("exact", case.name, told) for told in dict.fromkeys(map(_told, same))]
-        elif case.thumbnail is not None:
-            rest.append((number, case.thumbnail))
+        elif (picture := case.thumbnail) is not None:
+            rest.append((number, picture))
     for match in remembered([picture for _, picture in pictures], [picture for _, picture in rest], store):
         number, volume = rest[match.new][0], pictures[match.known][0]
         if not (within and volume.subject == held.volumes[number].subject):

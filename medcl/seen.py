@@ -6,15 +6,17 @@ A run that starts from another takes over what that one had seen, so the record 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medcl.data.case import Case, Manifest
-from medcl.data.signature import SIGNATURE_VERSION, subject_hash
+from medcl.data.signature import SIGNATURE_VERSION, load_marks, load_thumbnail, subject_hash
 from medcl.data.signatures import signatures
 from medcl.errors import MedclError
 from medcl.files import atomic_path, read_json, write_json
@@ -29,7 +31,7 @@ class SeenVolume:
         subject: hash of the subject's name, empty where unknown.
         stage: `pretraining` or `fine-tuning`; empty for scans.
         run: name of the folder of the run that saw it.
-        thumbnail: uint8 (24, 24, 24) or None.
+        picture: reads its thumbnail when it is asked for: a large set's are not held in memory.
         name: its case; only of scans at hand, never stored.
     """
 
@@ -38,8 +40,13 @@ class SeenVolume:
     subject: str = ""
     stage: str = ""
     run: str = ""
-    thumbnail: np.ndarray | None = None
+    picture: Callable[[], np.ndarray] | None = None
     name: str = ""
+
+    @property
+    def thumbnail(self) -> np.ndarray | None:
+        """uint8 (24, 24, 24), or None where there is none."""
+        return self.picture() if self.picture else None
 
 
 @dataclass(frozen=True)
@@ -60,21 +67,26 @@ def seen_in(
     found = signatures(manifest, cases, store, workers)
     volumes = []
     for case in cases:
-        one = found.get(case.id)
-        marks = (one.voxels, one.values) if one else ("", "")
-        picture = one.thumbnail if one else None
+        path = found.get(case.id)
+        marks = load_marks(path) if path else ("", "")
+        picture = partial(load_thumbnail, path) if path else None
         volumes.append(SeenVolume(*marks, subject_hash(case.subject), stage, Path(run).name, picture, case.id))
     return Seen(tuple(volumes))
 
 
 def save_seen(run: Path, seen: Seen) -> None:
-    """Writes `weights/seen.json` and `weights/thumbnails.npz`; without the second, hashes and subjects compare."""
-    rows = [i for i, volume in enumerate(seen.volumes) if volume.thumbnail is not None]
-    with atomic_path(run / "weights" / "thumbnails.npz") as part, open(part, "wb") as stream:
-        pictures = np.stack([np.asarray(seen.volumes[i].thumbnail) for i in rows]) if rows else np.zeros(0, np.uint8)
-        np.savez_compressed(stream, rows=np.asarray(rows, np.int64), pictures=pictures)
-    kept = ("voxels", "values", "subject", "stage", "run")
-    volumes = [{name: getattr(volume, name) for name in kept} for volume in seen.volumes]
+    """Writes `weights/seen.json` and `weights/thumbnails.npz`; without the second, hashes and subjects compare.
+
+    The second holds an array for every volume that has a thumbnail, named by its place in the first.
+    """
+    path = run / "weights" / "thumbnails.npz"
+    with atomic_path(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as kept:
+        for place, volume in enumerate(seen.volumes):
+            if (picture := volume.thumbnail) is not None:
+                with kept.open(f"{place}.npy", "w") as stream:
+                    np.lib.format.write_array(stream, picture, allow_pickle=False)
+    names = ("voxels", "values", "subject", "stage", "run")
+    volumes = [{name: getattr(volume, name) for name in names} for volume in seen.volumes]
     write_json(
         run / "weights" / "seen.json", {"medcl_seen": SIGNATURE_VERSION, "volumes": volumes, "gaps": list(seen.gaps)}
     )
@@ -99,23 +111,35 @@ def seen_by(run: str | Path) -> Seen:
         if pictures is None:
             gaps.append(f"The thumbnails of {Path(run).name} were left out: only hashes and subjects were compared.")
         volumes = tuple(
-            SeenVolume(**fields, thumbnail=(pictures or {}).get(i)) for i, fields in enumerate(data["volumes"])
+            SeenVolume(**fields, picture=(pictures or {}).get(i)) for i, fields in enumerate(data["volumes"])
         )
     except (KeyError, TypeError) as error:
-        raise MedclError(
-            f"is damaged ({error!r})", folder / "seen.json", "Copy the whole weights folder again."
-        ) from None
+        raise _damaged(folder / "seen.json", error) from None
     return Seen(volumes, tuple(gaps))
 
 
-def _pictures(path: Path) -> dict[int, np.ndarray] | None:
+def _pictures(path: Path) -> dict[int, Callable[[], np.ndarray]] | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as data:
-            return dict(zip(data["rows"].tolist(), data["pictures"], strict=True))
+        data = np.load(path, allow_pickle=False)  # stays open for as long as its pictures may be asked for
+        if "pictures" in data.files:  # as written until November 2026
+            rows = zip(data["rows"].tolist(), data["pictures"], strict=True)
+            return {place: partial(np.asarray, picture) for place, picture in rows}
+        return {int(name): partial(_member, data, name, path) for name in data.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise MedclError(f"is damaged ({error})", path, "Copy the whole weights folder again.") from None
+        raise _damaged(path, error) from None
+
+
+def _member(data: Any, name: str, path: Path) -> np.ndarray:
+    try:
+        return data[name]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> MedclError:
+    return MedclError(f"is damaged ({error})", path, "Copy the whole weights folder again.")
 
 
 def _before_records(run: Path, followed: tuple[Path, ...] = ()) -> Seen:

@@ -284,3 +284,20 @@ def test_a_run_that_holds_nobody_out_cannot_be_tested_on(leaky, phantoms):
     (folder / "nobody" / "split.json").unlink()
     with pytest.raises(MedclError, match="holds no subject out"):
         medcl.audit(AuditConfig(str(phantoms), str(folder / "nobody")))
+
+
+def test_thumbnails_are_read_when_asked_for_and_the_older_form_is_understood(leaky, tmp_path):
+    folder, _ = leaky
+    shutil.copytree(folder / "clean", tmp_path / "run")
+    path = tmp_path / "run" / "weights" / "thumbnails.npz"
+    pictures = [volume.thumbnail for volume in seen_by(folder / "clean").volumes]
+    assert pictures and all(picture.shape == (24, 24, 24) and picture.dtype == np.uint8 for picture in pictures)
+    seen = seen_by(tmp_path / "run")
+    with open(path, "r+b") as stream:  # within the first thumbnail; the table at the end stays whole
+        stream.seek(200)
+        stream.write(bytes(64))
+    with pytest.raises(MedclError, match="is damaged"):
+        _ = [volume.thumbnail for volume in seen.volumes]
+    np.savez_compressed(path, rows=np.arange(len(pictures)), pictures=np.stack(pictures))
+    for volume, picture in zip(seen_by(tmp_path / "run").volumes, pictures, strict=True):
+        np.testing.assert_array_equal(volume.thumbnail, picture)

@@ -31,12 +31,12 @@ class Signature:
     Attributes:
         voxels: hash of the voxel values in RAS order.
         values: hash of the voxel values in no order: equal however axes are flipped or permuted.
-        thumbnail: uint8 (24, 24, 24), or None where it was left out.
+        thumbnail: uint8 (24, 24, 24).
     """
 
     voxels: str
     values: str
-    thumbnail: np.ndarray | None
+    thumbnail: np.ndarray
 
 
 def sign(canonical: np.ndarray) -> Signature:
@@ -67,20 +67,27 @@ def signature_path(store: Path, files: Sequence[str], channel: int | None) -> Pa
 
 def save_signature(path: Path, signature: Signature) -> None:
     with atomic_path(path) as part, open(part, "wb") as stream:
-        np.savez_compressed(
-            stream, voxels=signature.voxels, values=signature.values, thumbnail=np.asarray(signature.thumbnail)
-        )
+        np.savez_compressed(stream, voxels=signature.voxels, values=signature.values, thumbnail=signature.thumbnail)
 
 
-def load_signature(path: Path) -> Signature:
-    """Reads what `save_signature` wrote.
+def load_marks(path: Path) -> tuple[str, str]:
+    """The hashes `voxels` and `values` that `save_signature` wrote.
 
     Raises:
         MedclError: the file is damaged.
     """
+    return str(_load(path, "voxels")), str(_load(path, "values"))
+
+
+def load_thumbnail(path: Path) -> np.ndarray:
+    """The thumbnail that `save_signature` wrote; raises as `load_marks`."""
+    return _load(path, "thumbnail")
+
+
+def _load(path: Path, name: str) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as data:
-            return Signature(str(data["voxels"]), str(data["values"]), data["thumbnail"])
+            return data[name]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise MedclError(f"is damaged ({error})", path, "Delete it; it is made again.") from None
 

@@ -1,4 +1,4 @@
-"""Signatures of many cases: from the store where it has them, else by reading the volumes once."""
+"""Signatures of many cases in the store: those it has, and those made by reading the volumes once."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from medcl.data.checks import check_image
 from medcl.data.io import read_volume, to_canonical
 from medcl.data.pool import map_safely
 from medcl.data.prepare import ContentKeys
-from medcl.data.signature import Signature, load_signature, save_signature, sign, signature_path
+from medcl.data.signature import save_signature, sign, signature_path
 from medcl.data.store import store_folder
 from medcl.errors import MedclError
 
 
 def signatures(
     manifest: Manifest, cases: Sequence[Case], store: str | Path = "", workers: int = 0, title: str | None = None
-) -> dict[str, Signature]:
-    """The signature of each case, by its id; a volume that cannot be read has none.
+) -> dict[str, Path]:
+    """Where the store has the signature of each case, by its id; a volume that cannot be read has none.
 
     Args:
         manifest: says where the cases lie.
@@ -41,7 +41,7 @@ def signatures(
     bare = dataclasses.replace(manifest, cases=(), problems=())
     tasks = [(bare, case, paths[case.id]) for case in missing]
     map_safely(_sign, tasks, [False] * len(tasks), workers or None, title if missing else None, fewest=8)
-    return {name: load_signature(path) for name, path in paths.items() if path.exists()}
+    return {name: path for name, path in paths.items() if path.exists()}
 
 
 def _sign(task: tuple[Manifest, Case, Path]) -> bool:
