@@ -90,6 +90,8 @@ def adamw(
     # fused where measured to help; on a GPU Lightning refuses to clip for it in 16 bits
     fused = all(p.device.type == "cpu" for p in train)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=fused or None)
+    # it would take scaled gradients, so Lightning refuses there too; but a CPU has bf16 alone, which is not scaled
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)  # type: ignore[arg-type]
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

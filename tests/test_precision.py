@@ -57,3 +57,15 @@ def test_names_go_back_and_forth_and_others_are_refused():
     for wish in ("64", "16"):
         with pytest.raises(MedclError):
             choose_precision(wish, "cpu")
+
+
+def test_both_stages_train_in_bf16_on_a_cpu(phantoms, tmp_path):
+    import medcl
+    from medcl import FinetuneConfig, PretrainConfig
+
+    common = {"width": 8, "steps": 2, "accelerator": "cpu", "precision": "bf16"}
+    run = medcl.pretrain(PretrainConfig(str(phantoms), str(tmp_path / "pre"), task="pixcontrast", **common))
+    fine = medcl.finetune(
+        FinetuneConfig(str(phantoms), str(tmp_path / "fine"), init=str(run), labels=2, val_every=2, **common)
+    )
+    assert (fine / "weights").exists()
