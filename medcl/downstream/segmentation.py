@@ -158,7 +158,7 @@ def _windows(patch: Sequence[int], accelerator: str) -> int:
     return 4 if accelerator == "gpu" else max(1, min(4, 4 * 64**3 // math.prod(patch)))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def class_scores(
     backbone: Backbone,
     image: np.ndarray,

@@ -40,6 +40,7 @@ def summarise(config: BenchmarkConfig, grid: Grid) -> dict[str, Any]:
 
     The p-values are corrected by Holm's rule over all arms and numbers of labels together.
     """
+    numbers = sorted(config.labels, key=lambda n: math.inf if n == "all" else int(n))  # in whatever order they ran
     rows = {
         (arm, labels): [
             {**row, "draw": draw}
@@ -47,7 +48,7 @@ def summarise(config: BenchmarkConfig, grid: Grid) -> dict[str, Any]:
             for row in mean_over_classes(read_scores(run / config.subjects / "evaluation.csv"))
         ]
         for arm in config.arms
-        for labels in config.labels
+        for labels in numbers
         if grid.runs(arm, labels)
     }
     others = [key for key in rows if key[0] != config.baseline]
@@ -72,7 +73,7 @@ def summarise(config: BenchmarkConfig, grid: Grid) -> dict[str, Any]:
         "subjects": config.subjects,
         "baseline": config.baseline,
         "arms": list(config.arms),
-        "labels": list(config.labels),
+        "labels": numbers,
         "draws": config.draws,
         "entries": entries,
         "sentences": [entry["sentence"] for entry in entries if "sentence" in entry],
