@@ -16,6 +16,13 @@ from medcl.config_mil import MILFitConfig as MILFitConfig
 from medcl.config_mil import MILPredictConfig as MILPredictConfig
 from medcl.config_mil import MILPrepareConfig as MILPrepareConfig
 from medcl.config_mil import MILPretrainConfig as MILPretrainConfig
+from medcl.config_results import AuditConfig as AuditConfig
+from medcl.config_results import CompareConfig as CompareConfig
+from medcl.config_results import DoctorConfig as DoctorConfig
+from medcl.config_results import EvaluateConfig as EvaluateConfig
+from medcl.config_results import ExportConfig as ExportConfig
+from medcl.config_results import PredictConfig as PredictConfig
+from medcl.config_results import ReportConfig as ReportConfig
 from medcl.errors import MedclError
 
 T = TypeVar("T")
@@ -254,139 +261,6 @@ class FinetuneConfig:
     devices: int = 1
     nodes: int = 1
     strategy: str = "auto"
-
-
-@dataclass(frozen=True)
-class PredictConfig:
-    """Write label maps on each input's own grid.
-
-    Args:
-        run: run folder of a fine-tuning.
-        input: a volume, a DICOM folder, a folder of scans, or a manifest.
-        output: folder for the label maps, `<case>.nii.gz` each.
-        subjects: `all`, or `train`, `val` or `test` for that part of the run's own split.
-        overlap: share by which neighbouring windows overlap.
-        mirror: average over mirrored inputs; only for anatomy without sides.
-        precision: auto, 32, bf16 or 16.
-        accelerator: auto, cpu or gpu.
-        channel: which channel of 4D files to take.
-    """
-
-    run: str
-    input: str
-    output: str
-    subjects: str = "all"
-    overlap: float = 0.5
-    mirror: bool = False
-    precision: str = "auto"
-    accelerator: str = "auto"
-    channel: int | None = None
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Dice, 95% Hausdorff distance and normalised surface distance, with intervals over subjects.
-
-    Args:
-        predictions: folder of predicted label maps named `<case>.nii.gz`, or the run folder of a fine-tuning, whose own
-            test subjects are then predicted and scored into `RUN/test`.
-        subjects: of a run: test, or val for its validation subjects, scored into `RUN/val`.
-        reference: folder of labelled scans, or a manifest; by default the one the run was trained on.
-        out: where to write evaluation.csv and evaluation.json; by default beside the predictions.
-        tolerance: tolerance of the normalised surface distance in mm.
-        allow_leakage: go on where test volumes were seen in training; every result is then marked.
-        channel: which channel of 4D files to take.
-    """
-
-    predictions: str
-    reference: str = ""
-    out: str = ""
-    subjects: str = "test"
-    tolerance: float = 1.0
-    allow_leakage: bool = False
-    channel: int | None = None
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """Paired comparison of two arms, run by run.
-
-    Args:
-        runs: evaluated run folders of the first arm, one a draw.
-        baseline: evaluated run folders of the arm to compare with, one a draw.
-        out: folder for the comparison and its report.
-        names: what to call the two arms.
-    """
-
-    runs: list[str]
-    baseline: list[str]
-    out: str = "comparison"
-    names: tuple[str, str] = ("pretrained", "scratch")
-
-
-@dataclass(frozen=True)
-class AuditConfig:
-    """Were volumes that are tested on seen in training?
-
-    Args:
-        seen: what was trained on: a run folder, which stands for all that its weights have seen, in it and in the
-            runs it started from; or a folder of scans, or a manifest.
-        held: what is tested on: a folder of scans, or a manifest; or a run folder, which stands for the subjects that
-            it holds out for validation and test.
-        out: JSON file to write.
-        store: folder that remembers signatures; by default `$MEDCL_STORE`, or `~/.cache/medcl`.
-        channel: which channel of 4D files to take.
-        workers: processes; 0 takes one a core.
-    """
-
-    seen: str
-    held: str
-    out: str = ""
-    store: str = ""
-    channel: int | None = None
-    workers: int = 0
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Write report.html of a run again.
-
-    Args:
-        run: run folder.
-    """
-
-    run: str
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Weights for the plain MONAI class.
-
-    Args:
-        run: run folder of a pretraining or fine-tuning.
-        to: the only format so far is monai.
-        out: folder to write; by default `RUN/export`.
-    """
-
-    run: str
-    to: str = "monai"
-    out: str = ""
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """Versions, devices, threads, allocator and disk speed of this machine, a timed step, and what to change.
-
-    Args:
-        store: folder for prepared volumes, or an fsspec address such as `s3://bucket/store`; by default `$MEDCL_STORE`,
-            or `~/.cache/medcl`.
-        quick: time no step.
-        json: print JSON instead of lines.
-    """
-
-    store: str = ""
-    quick: bool = False
-    json: bool = False
 
 
 def from_mapping(kind: type[T], values: dict[str, Any], where: str) -> T:
