@@ -18,7 +18,7 @@ class MILPrepareConfig:
         tile: pixels of a tile's side.
         mpp: microns per pixel of a tile; 0 takes pixels as they are, as is done for images that say no resolution.
         slide_mpp: microns per pixel of slides that do not say it.
-        overlap: share of a tile that it shares with the next.
+        overlap: share of a tile, or of a cell, that it shares with the next.
         tissue: least share of a tile that must be tissue.
         instances: what a volume is a bag of: `sub_volumes`; `slices`, axial; or `cells`, a grid over the whole volume,
             each with the features of every map of the encoder at that place. Slices may also go to a 2D encoder.
@@ -26,6 +26,8 @@ class MILPrepareConfig:
             half; or of a cell, by default those of the encoder's second map.
         maps: maps of the encoder that a cell gets its features from, the finest first; 0 takes all. Few of them keep
             something small from being drowned by features of what lies around it.
+        pool: of what lies in a cell: `mean-max`; or `mean`, so that a cell stands out more the fuller it is of
+            something, and attention peaks in it, not at its edge.
         seed: of random weights.
         accelerator: auto, cpu or gpu.
     """
@@ -41,6 +43,7 @@ class MILPrepareConfig:
     instances: str = "sub_volumes"
     sub_volume: tuple[int, int, int] | None = None
     maps: int = 0
+    pool: str = "mean-max"
     seed: int = 0
     accelerator: str = "auto"
 

@@ -186,3 +186,28 @@ def test_transmil_knows_where_instances_lie_only_by_their_coordinates():
             convolution.weight.zero_()
             convolution.bias.zero_()
     torch.testing.assert_close(model(h, mask, cells).logits, model(h, mask).logits)
+
+
+@pytest.mark.parametrize("dims", [0, 2, 3])
+def test_transmil_on_a_bag_beyond_the_exact_limit_ignores_order_and_padding(dims):
+    torch.manual_seed(0)
+    model = TransMIL(M, 3, hidden=16, exact=8, landmarks=4).eval()
+    h, mask, cells = bags(3, 20, dims=dims or 2)
+    mask[1, 15:] = False  # by landmarks too, in padding
+    mask[2, 7:] = False  # exact, though beside large bags
+    where = cells if dims else None
+    one = model(h, mask, where)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(2))
+    other = model(h[:, order], mask[:, order], None if where is None else where[:, order])
+    torch.testing.assert_close(one.logits, other.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one.attention[:, order], other.attention, atol=1e-5, rtol=1e-5)
+    for b, count in enumerate((20, 15, 7)):
+        alone = model(
+            h[b : b + 1, :count], mask[b : b + 1, :count], None if where is None else where[b : b + 1, :count]
+        )
+        torch.testing.assert_close(one.logits[b : b + 1], alone.logits, atol=1e-5, rtol=1e-5)
+        assert not bool(one.attention[b, count:].any())
+    torch.testing.assert_close(one.attention.sum(1), torch.ones(3))
+    model.loss(one, torch.tensor([0, 1, 2]), mask).backward()
+    used = [p for name, p in model.named_parameters() if dims or not name.startswith("position")]
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in used)

@@ -20,7 +20,7 @@ from medcl.config_mil import MILFitConfig, MILPredictConfig, MILPrepareConfig, M
 from medcl.data.bags import read_features
 from medcl.data.instances import slices, sub_volumes
 from medcl.data.slides import Slide, Tiling, side_of, tiles, tissue_mask
-from medcl.downstream.mil_prepare import cells_of_volume, prepare_bags
+from medcl.downstream.mil_prepare import cells_of_volume, prepare_bags, step_of
 from medcl.downstream.mil_stage import fit, predict_bags
 from medcl.errors import MedclError
 from medcl.networks.patch_encoders import instance_encoder
@@ -250,6 +250,23 @@ def test_a_cell_has_the_mean_and_maximum_of_every_map_at_its_place(tmp_path):
     assert h.shape[1] == at + sum(m.shape[1] for m in maps[3:]) and np.isfinite(h).all()
     few, _ = cells_of_volume(image, 2 * image, encoder, (4, 4, 4), "cpu", maps=1)
     np.testing.assert_array_equal(few, h[:, : 2 + 2 * 4])
+    near, at = cells_of_volume(image, 2 * image, encoder, (4, 4, 4), "cpu", maps=1, step=(2, 2, 2), pool="mean")
+    of = {tuple(c): row for c, row in zip(at.tolist(), near, strict=True)}
+    np.testing.assert_allclose(of[(8, 4, 0)], few[row][[0, 2, 3, 4, 5]], rtol=1e-4, atol=1e-5)
+    finest = maps[1][0, :, 3:5, 1:3, 0:2].detach().flatten(1).mean(1)
+    np.testing.assert_allclose(of[(6, 2, 0)][1:], finest, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(of[(6, 2, 0)][0], 2 * image[6:10, 2:6, :4].mean(), rtol=1e-4, atol=1e-5)
+    assert max(c[0] for c in of) == 10 and max(c[2] for c in of) == 6  # the last step holds a part of the image
+    coarse, _ = cells_of_volume(image, image, encoder, (2, 2, 2), "cpu", step=(1, 1, 1))
+    assert np.isfinite(coarse).all()
+
+
+def test_an_overlap_that_is_no_whole_part_of_a_cell_is_told():
+    assert step_of((4, 4, 8), 0.5) == (2, 2, 4) and step_of((3, 3, 3), 0) == (3, 3, 3)
+    with pytest.raises(MedclError, match="--overlap"):
+        step_of((3, 3, 3), 0.5)
+    with pytest.raises(MedclError, match="--overlap"):
+        step_of((8, 8, 8), 0.3)
 
 
 def test_a_volume_is_a_bag_of_cells_or_of_slices_too(tmp_path, phantoms):

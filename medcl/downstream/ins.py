@@ -33,7 +33,7 @@ from medcl.losses.instances import (
     updated_prototypes,
     updated_pseudo_labels,
 )
-from medcl.networks.aggregators import Aggregator, Bagged
+from medcl.networks.bagged import Aggregator, Bagged
 from medcl.networks.ema import MomentumTeacher
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from medcl.data.bags import Features
 from medcl.downstream.ins import INS, InstanceContrast
 from medcl.downstream.objectives import BagContrast, Batch, Plain
 from medcl.errors import MedclError
-from medcl.networks.aggregators import AGGREGATORS, Aggregator, Bagged
+from medcl.networks.aggregators import AGGREGATORS
+from medcl.networks.bagged import Aggregator, Bagged
 from medcl.training import warmup_cosine
 
 WARMUP = 0.05

@@ -11,11 +11,13 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from medcl.checkpoint import load_weights
 from medcl.config_mil import MILPrepareConfig
@@ -32,6 +34,7 @@ from medcl.networks.patch_encoders import InstanceEncoder, VolumeEncoder, instan
 from medcl.run import log
 from medcl.training import choose_accelerator, hours
 
+POOLS = ("mean-max", "mean")
 INSTANCES = ("sub_volumes", "slices", "cells")
 
 
@@ -95,6 +98,7 @@ def check(config: MILPrepareConfig) -> None:
         ("mpp", config.mpp >= 0, "Give microns per pixel, or 0 for pixels as they are."),
         ("slide_mpp", config.slide_mpp >= 0, "Give microns per pixel, or 0."),
         ("overlap", 0 <= config.overlap < 1, "Give a share from 0 to below 1."),
+        ("pool", config.pool in POOLS, f"Use one of {', '.join(POOLS)}."),
         ("maps", config.maps >= 0, "Give the number of maps, or 0 for all."),
         ("tissue", 0 <= config.tissue <= 1, "Give a share from 0 to 1."),
         ("instances", config.instances in INSTANCES, f"Use one of {', '.join(INSTANCES)}."),
@@ -114,6 +118,7 @@ def recipe_of(bag: Bag, encoder: InstanceEncoder, tiling: Tiling, config: MILPre
         config.instances,
         config.sub_volume,
         config.maps,
+        config.pool,
         str(bag.path.resolve()),
         stat.st_size,
         stat.st_mtime_ns,
@@ -163,8 +168,10 @@ def of_volume(bag: Bag, encoder: InstanceEncoder, plan: Plan | None, config: MIL
     if config.instances == "cells":
         size = config.sub_volume or encoder.backbone.reductions[min(1, len(encoder.backbone.reductions) - 1)]
         whole = prepare_image(canonical, plan, clip=False).image
-        h, corners = cells_of_volume(image, whole, encoder, size, device, config.maps)
+        step = step_of(size, config.overlap)
+        h, corners = cells_of_volume(image, whole, encoder, size, device, config.maps, step, config.pool)
         name = f"{encoder.identity}:cells-{'x'.join(map(str, size))}" + (f"-{config.maps}" if config.maps else "")
+        name += "" if config.pool == "mean-max" else f"-{config.pool}"
         return Features(h, corners, name, {**meta, "size": list(size)})
     if config.instances == "slices":  # as thin as the encoder can see: one voxel for a slice-wise one
         size = round_up((image.shape[0], image.shape[1], 1), multiple)
@@ -178,23 +185,42 @@ def of_volume(bag: Bag, encoder: InstanceEncoder, plan: Plan | None, config: MIL
 
 @torch.no_grad()
 def cells_of_volume(
-    image: np.ndarray,
-    intensity: np.ndarray,
-    encoder: VolumeEncoder,
-    size: tuple[int, int, int],
-    device: str,
-    maps: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Features (K, M) of a prepared volume's cells, and their corners (K, 3); cells without contrast are left out."""
+    image: np.ndarray, intensity: np.ndarray, encoder: VolumeEncoder, size: tuple[int, int, int], device: str,
+    maps: int = 0, step: tuple[int, int, int] | None = None, pool: str = "mean-max",
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Features (K, M) of a prepared volume's cells, and their corners (K, 3); cells without contrast are left out.
+
+    Args:
+        image, intensity: (X, Y, Z) prepared, and without its intensities clipped.
+        encoder, size, maps, step, pool: see `VolumeEncoder.cells`.
+        device: of the encoder.
+    """
+    step = step or size
     whole = [math.lcm(m, s) for m, s in zip(encoder.backbone.multiple, size, strict=True)]
     pad = [(0, -n % w) for n, w in zip(image.shape, whole, strict=True)]
-    padded, raw = (np.pad(each, pad, mode="edge").astype(np.float32) for each in (image, intensity))
-    tensors = [torch.from_numpy(each)[None, None].to(device) for each in (padded, raw)]
-    h = encoder.cells(tensors[0], size, tensors[1], maps).cpu().numpy()
-    grid = [n // s for n, s in zip(padded.shape, size, strict=True)]
-    corners = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), axis=-1).reshape(-1, 3) * np.array(size)
-    blocks = padded.reshape(grid[0], size[0], grid[1], size[1], grid[2], size[2])
-    spread = (blocks.max((1, 3, 5)) - blocks.min((1, 3, 5))).reshape(-1)
-    kept = (spread > 0) & (corners < np.array(image.shape)).all(1)
+    padded, raw = (
+        torch.from_numpy(np.pad(each, pad, mode="edge").astype(np.float32))[None, None].to(device)
+        for each in (image, intensity)
+    )
+    h, grid = encoder.cells(padded, size, raw, maps, step, pool)
+    corners = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), axis=-1).reshape(-1, 3) * np.array(step)
+    spread = F.max_pool3d(padded, size, step) + F.max_pool3d(-padded, size, step)
+    within = (corners + np.array(size) - np.array(step) < np.array(image.shape)).all(1)
+    kept = (spread.flatten().cpu().numpy() > 0) & within
     kept = kept if kept.any() else np.arange(len(kept)) == 0
-    return h[kept], corners[kept]
+    return h.cpu().numpy()[kept], corners[kept]
+
+
+def step_of(size: Sequence[int], overlap: float) -> tuple[int, int, int]:
+    """Voxels from one cell to the next.
+
+    Raises:
+        MedclError: not a whole part of the cell.
+    """
+    step = [round(n * (1 - overlap)) for n in size]
+    if any(s < 1 or n % s or abs(n * (1 - overlap) - s) > 1e-3 for n, s in zip(size, step, strict=True)):
+        raise MedclError(
+            f"{overlap:g} of a cell of {' x '.join(map(str, size))} voxels cannot work", "--overlap",
+            "Give 0, or 0.5 for cells of even voxels, or 0.75 for multiples of four.",
+        )  # fmt: skip
+    return step[0], step[1], step[2]

@@ -7,66 +7,14 @@ the same answer for any order of the instances.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass
-class Bagged:
-    """What an aggregator makes of a batch of bags.
-
-    Attributes:
-        logits: (B, C).
-        attention: how much each instance counts, (B, K), 0 at padding; rows sum to 1.
-        embedding: (B, E), what the classifier is given.
-        extra: further tensors that the aggregator's own loss needs.
-    """
-
-    logits: Tensor
-    attention: Tensor
-    embedding: Tensor
-    extra: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Aggregator(nn.Module, ABC):
-    """Maps bags to class logits.
-
-    Args:
-        features: width M of an instance.
-        classes: number C of bag classes, at least 2.
-    """
-
-    def __init__(self, features: int, classes: int = 2):
-        super().__init__()
-        self.features, self.classes = features, classes
-
-    @abstractmethod
-    def forward(self, h: Tensor, mask: Tensor, coordinates: Tensor | None = None) -> Bagged:
-        """Logits of bags.
-
-        Args:
-            h: instances (B, K, M).
-            mask: (B, K) bool, True at instances, False at padding; every bag has at least one instance.
-            coordinates: (B, K, 2 or 3) whole numbers, the instance's cell in the slide or volume; None if unknown.
-        """
-
-    def loss(self, bagged: Bagged, labels: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Cross-entropy of the bags (B,), with class weights (C,)."""
-        return F.cross_entropy(bagged.logits.float(), labels, weight)
-
-    def probabilities(self, bagged: Bagged) -> Tensor:
-        """(B, C), rows sum to 1."""
-        return bagged.logits.float().softmax(1)
-
-
-def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax along the last dimension in float32, exactly 0 where the mask is False."""
-    return scores.float().masked_fill(~mask, -torch.inf).softmax(-1)
+from medcl.networks.bagged import Aggregator, Bagged, masked_softmax
+from medcl.networks.transmil import TransMIL
 
 
 def _mlp(features: int, hidden: int, dropout: float) -> nn.Sequential:
@@ -251,91 +199,6 @@ class DSMIL(Aggregator):
     def probabilities(self, bagged: Bagged) -> Tensor:
         both = (bagged.logits.float().sigmoid() + bagged.extra["best"].float().sigmoid()) / 2
         return both / both.sum(1, keepdim=True)
-
-
-class TransMIL(Aggregator):
-    """Transformer over instances (Shao et al., NeurIPS 2021).
-
-    Two differences from the release, both for the answer not to depend on the order in which instances are listed:
-    attention is exact instead of Nystrom's approximation, whose landmarks are means over neighbours in that order; and
-    the convolutional position encoding works on the instances' true cells instead of a square filled in that order.
-    Where coordinates are unknown there is no position encoding.
-    """
-
-    def __init__(self, features: int, classes: int = 2, hidden: int = 256, heads: int = 8, dropout: float = 0.1):
-        super().__init__(features, classes)
-        self.embed = nn.Sequential(nn.Linear(features, hidden), nn.ReLU())
-        self.token = nn.Parameter(torch.randn(1, 1, hidden) * 0.02)
-        self.first, self.second = _SelfAttention(hidden, heads, dropout), _SelfAttention(hidden, heads, dropout)
-        self.position = PositionEncoding(hidden)
-        self.norm = nn.LayerNorm(hidden)
-        self.classifier = nn.Linear(hidden, classes)
-
-    def forward(self, h: Tensor, mask: Tensor, coordinates: Tensor | None = None) -> Bagged:
-        x = torch.cat([self.token.expand(len(h), -1, -1), self.embed(h)], dim=1)
-        seen = F.pad(mask, (1, 0), value=True)
-        x = self.first(x, seen)
-        if coordinates is not None:
-            x = torch.cat([x[:, :1], self.position(x[:, 1:], mask, coordinates)], dim=1)
-        attention = self.second.of_first_token(x, seen)[:, 1:]
-        z = self.norm(self.second(x, seen)[:, 0])
-        attention = attention / attention.sum(1, keepdim=True).clamp(min=1e-12)
-        return Bagged(self.classifier(z), attention, z)
-
-
-class _SelfAttention(nn.Module):
-    """x + attention(norm(x)) over tokens (B, T, d), padding left out."""
-
-    def __init__(self, width: int, heads: int, dropout: float):
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
-
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        b, t, d = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        return q, k, v
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = self._split(x)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-        return x + self.out(y.transpose(1, 2).flatten(2))
-
-    def of_first_token(self, x: Tensor, mask: Tensor) -> Tensor:
-        """What the first token attends to, mean over heads: (B, T)."""
-        q, k, _ = self._split(x)
-        scores = (q[:, :, :1] @ k.transpose(-1, -2)).squeeze(2) / math.sqrt(q.shape[-1])
-        return masked_softmax(scores, mask[:, None]).mean(1)
-
-
-class PositionEncoding(nn.Module):
-    """Depth-wise convolutions of 7, 5 and 3 cells over the instances' map, added to them; in 2D or 3D.
-
-    In a volume they act within each plane (the last coordinate is the plane).
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.convolutions = nn.ModuleList(nn.Conv2d(width, width, n, padding=n // 2, groups=width) for n in (7, 5, 3))
-
-    def forward(self, x: Tensor, mask: Tensor, coordinates: Tensor) -> Tensor:
-        """Tokens (B, K, d) at cells (B, K, 2 or 3); instances in one cell share their mean."""
-        rows = []
-        for tokens, inside, cells in zip(x, mask, coordinates.long(), strict=True):
-            cells = cells[inside] - cells[inside].amin(0)
-            plane = cells[:, 2] if cells.shape[1] == 3 else torch.zeros_like(cells[:, 0])
-            planes, height, width = (int(n.max()) + 1 for n in (plane, cells[:, 0], cells[:, 1]))
-            index = (plane * height + cells[:, 0]) * width + cells[:, 1]
-            total = tokens.new_zeros(planes * height * width, tokens.shape[1]).index_add_(0, index, tokens[inside])
-            count = tokens.new_zeros(len(total)).index_add_(0, index, torch.ones_like(index, dtype=tokens.dtype))
-            grid = (total / count.clamp(min=1)[:, None]).view(planes, height, width, -1).permute(0, 3, 1, 2)
-            encoded = sum(convolution(grid) for convolution in self.convolutions)
-            assert isinstance(encoded, Tensor)
-            flat = encoded.permute(0, 2, 3, 1).flatten(0, 2)
-            rows.append(tokens.index_add(0, inside.nonzero().squeeze(1), flat[index].to(tokens.dtype)))
-        return torch.stack(rows)
 
 
 AGGREGATORS: dict[str, Any] = {

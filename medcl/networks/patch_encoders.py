@@ -61,6 +61,9 @@ class PatchResNet(InstanceEncoder):
         return self.net(2 * x - 1)
 
 
+Cell = tuple[int, int, int]
+
+
 class VolumeEncoder(InstanceEncoder):
     """A pretrained medcl encoder of sub-volumes: mean and maximum of every map of its pyramid.
 
@@ -72,10 +75,13 @@ class VolumeEncoder(InstanceEncoder):
         self.backbone = backbone
         self.identity = f"{backbone.spec.name}:{digest(backbone)}:mean-max"
 
-    def cells(self, volume: Tensor, size: tuple[int, int, int], intensity: Tensor, maps: int = 0) -> Tensor:
-        """Features of a grid of cells over a whole volume, which is encoded once: (cells, M), the last axis fastest.
+    def cells(
+        self, volume: Tensor, size: Cell, intensity: Tensor, maps: int = 0, step: Cell | None = None,
+        pool: str = "mean-max",
+    ) -> tuple[Tensor, list[int]]:  # fmt: skip
+        """Features of a grid of cells over a whole volume, which is encoded once.
 
-        Of the intensities and of every map finer than the grid the mean and the maximum in a cell; of coarser maps
+        Of the intensities and of every map finer than the steps the mean and the maximum in a cell; of coarser maps
         the value at its centre. So a cell knows what is in it and what lies around it.
 
         Args:
@@ -83,18 +89,28 @@ class VolumeEncoder(InstanceEncoder):
             size: voxels of a cell.
             intensity: the same volume without its intensities clipped, as the encoder must not see it.
             maps: how many of the encoder's maps, the finest first; 0 takes all.
+            step: voxels from one cell to the next, a divisor of `size`, which is the default.
+            pool: `mean-max`, or `mean` alone.
+
+        Returns:
+            (cells, M), the last axis fastest, and the cells along every axis.
         """
-        grid = [n // s for n, s in zip(volume.shape[2:], size, strict=True)]
+        step = step or size
+        grid = [n // s for n, s in zip(volume.shape[2:], step, strict=True)]
+        along = [n // s for n, s in zip(size, step, strict=True)]
         parts = []
         for map_ in [intensity, *self.backbone.encode(volume)[: maps or None]]:
             if all(have % want == 0 for have, want in zip(map_.shape[2:], grid, strict=True)):
-                window = [have // want for have, want in zip(map_.shape[2:], grid, strict=True)]
-                parts.append(F.avg_pool3d(map_, window))
-                if max(window) > 1:
-                    parts.append(F.max_pool3d(map_, window))
+                window = [n * have // want for n, have, want in zip(along, map_.shape[2:], grid, strict=True)]
+                stride = [have // want for have, want in zip(map_.shape[2:], grid, strict=True)]
+                parts.append(F.avg_pool3d(map_, window, stride))
+                if max(window) > 1 and pool == "mean-max":
+                    parts.append(F.max_pool3d(map_, window, stride))
             else:
-                parts.append(F.interpolate(map_, size=grid, mode="trilinear", align_corners=False))
-        return torch.cat(parts, dim=1)[0].flatten(1).T.float()
+                finer = F.interpolate(map_, size=grid, mode="trilinear", align_corners=False)
+                parts.append(F.avg_pool3d(finer, along, 1))
+        found = torch.cat(parts, dim=1)[0]
+        return found.flatten(1).T.float(), list(found.shape[1:])
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.backbone.encode(x)
