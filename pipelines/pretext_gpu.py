@@ -22,8 +22,9 @@ SIZE = [96, 96, 96]
 # options that are not a task's own defaults; a task that is not named here has none
 OPTIONS: dict[str, dict[str, Any]] = {
     "voco": {"crop_size": [48, 48, 48], "grid": [2, 2, 2]},  # eight base crops tile the 96 voxels
-    "global_contrast": {"partitions": [1, 1, 4], "size": SIZE},
-    "global_local": {"global_contrast": {"size": SIZE}},
+    "global_contrast": {"partitions": [1, 1, 4], "size": [96, 96, 24]},  # a quarter of the body's length each
+    "global_local": {"global_contrast": {"partitions": [1, 1, 4], "size": [96, 96, 24]}},
+    "local_contrast": {"size": SIZE, "freeze_encoder": False},  # a frozen one would be random
 }
 HEAD = "| task | loss | trivial | rank before, after | steps a second | time | GiB |\n|---|---|---|---|---|---|---|"
 

@@ -54,12 +54,29 @@ def test_running_statistics_are_carried_and_those_of_a_frozen_encoder_stay():
     """Chaitanya: the release leaves moving statistics behind, and moves those of the frozen encoder."""
     frozen = build_local(True)
     before = statistics(frozen)
-    assert before and any("running_mean" in name for name in frozen.backbone.net.state_dict())
     frozen.loss(frozen.views(batch_for(frozen, range(2))))
     assert all(torch.equal(a, b) for a, b in zip(before, statistics(frozen), strict=True))
     free = build_local(False)
     free.loss(free.views(batch_for(free, range(2))))
     assert any(not torch.equal(a, b) for a, b in zip(before, statistics(free), strict=True))
+
+
+def test_transferred_weights_bring_their_moving_statistics(tmp_path):
+    """Chaitanya: the release leaves them behind."""
+    from medcl.checkpoint import Contract, transfer
+
+    trained = build_local(False)
+    for _ in range(3):
+        trained.loss(trained.views(batch_for(trained, range(2))))
+    spec = trained.backbone.spec
+    contract = Contract("pretrained", spec, PLAN, ("encoder",), "local_contrast")
+    fresh = build_backbone(spec)
+    transfer(contract, trained.backbone.net.state_dict(), fresh, "RUN")
+    names = [n for n in fresh.tensor_names("encoder") if n.endswith(("running_mean", "running_var"))]
+    assert names
+    moved, own = trained.backbone.net.state_dict(), fresh.net.state_dict()
+    assert all(torch.equal(moved[name], own[name]) for name in names)
+    assert any(bool((moved[name] - (1.0 if name.endswith("var") else 0.0)).abs().max() > 1e-3) for name in names)
 
 
 def build_local(freeze: bool):

@@ -149,6 +149,14 @@ class Partitions:
             starts.append(start)
         return starts
 
+    def apart(self, shape: Sequence[int], size: Sequence[int]) -> bool:
+        """Whether reads at the middle of every cell start at different voxels: else cells show the same."""
+        for g, extent, n in zip(self.grid, shape, size, strict=True):
+            middles = [k * (extent // g) + (extent // g) // 2 - n // 2 for k in range(g)]
+            if g > 1 and len({min(max(start, 0), extent - n) for start in middles if extent > n}) < g:
+                return False
+        return True
+
 
 class ReadDataset(Dataset):
     """Sample number to the reads of one volume that a pretext task asks for.

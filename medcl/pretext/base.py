@@ -53,6 +53,15 @@ class Pairs:
     features: Tensor | None = None
 
 
+MOST_AXES = 4096  # a matrix of 64 MB
+
+
+def unrelated(rows: int, device: torch.device) -> Tensor:
+    """Unit vectors of random direction, nearly orthogonal (cosines of about 0.02), where true ones would not fit."""
+    axes = torch.randn(rows, MOST_AXES // 2, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(axes, dim=1).to(device)
+
+
 class PretextTask(nn.Module, ABC):
     """A way to learn from unlabelled volumes: the views it needs, the heads it adds and its loss.
 
@@ -136,13 +145,14 @@ class PretextTask(nn.Module, ABC):
         """
         rows = max(t[..., 0].numel() for t in z.values())
         device = next(iter(z.values())).device
+        axes = torch.eye(rows, device=device) if rows <= MOST_AXES else unrelated(rows, device)
         constant, orthogonal = {}, {}
         for name, tensor in z.items():
             count = tensor[..., 0].numel()
             same = torch.zeros_like(tensor)
             same[..., 0] = 1
             constant[name] = same
-            orthogonal[name] = torch.eye(rows, device=device)[:count].view(*tensor.shape[:-1], rows)
+            orthogonal[name] = axes[:count].view(*tensor.shape[:-1], -1)
         return {
             "constant": float(self.objective(constant, marks)["loss"]),
             "orthogonal": float(self.objective(orthogonal, marks)["loss"]),

@@ -76,6 +76,7 @@ class GlobalContrast(PretextTask):
         self.input_size = network_input(self.size, backbone.multiple)
         self.read_size = self._read_size()
         self.places = Partitions(self.partitions)
+        check_reads(self.places, self.read_size, plan)
         self.view = RandomView(
             self.size, plan.spacing, plan.modality, INTENSITY[chosen.intensity],
             (0.0, 0.0, chosen.rotate_deg) if flat else chosen.rotate_deg, chosen.scale,
@@ -138,6 +139,20 @@ def check_partitions(partitions: tuple[int, int, int], plan: Plan) -> None:
                 f"{parts} partitions along axis {axis}, where the median volume has {extent} voxels",
                 "--options.partitions", f"Give at most {extent}.",
             )  # fmt: skip
+
+
+def check_reads(places: Partitions, read: tuple[int, int, int], plan: Plan) -> None:
+    """Refuses reads so long that partitions, which are to be told apart, show the same voxels.
+
+    Raises:
+        MedclError: in the median volume two partitions are read at one place.
+    """
+    if not places.apart(plan.volume_size, read):
+        grid, size, whole = (" x ".join(map(str, n)) for n in (places.grid, read, plan.volume_size))
+        raise MedclError(
+            f"reads of {size} voxels show the same in several of {grid} partitions of a volume of {whole}",
+            "--options.size", "Give a smaller one along the axes that are divided, or fewer --options.partitions.",
+        )  # fmt: skip
 
 
 def check_options(options: GlobalContrastOptions) -> None:

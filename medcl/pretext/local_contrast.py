@@ -21,7 +21,7 @@ from medcl.networks.backbones import Backbone
 from medcl.networks.heads import PointwiseHead, some_voxels
 from medcl.pretext.base import Pairs, PretextTask, Tensors, Triple
 from medcl.pretext.checks import Checks
-from medcl.pretext.global_contrast import check_partitions
+from medcl.pretext.global_contrast import check_partitions, check_reads
 from medcl.pretext.sizes import enlarged, network_input, view_size
 from medcl.transforms.compose import INTENSITY
 from medcl.transforms.correspondence import affine_of, grid_points, into, map_to_view, sample_at, view_to_map
@@ -79,6 +79,8 @@ class LocalContrast(PretextTask):
         a, b, c = chosen.size or view_size(plan, cell)
         self.size: Triple = (a, b, 1 if flat and not chosen.size else c)
         self.read_size = self.size
+        if isinstance(self.places, Partitions):
+            check_reads(self.places, self.read_size, plan)
         self.input_size = network_input(self.size, backbone.multiple)
         self.view = RandomView(
             self.size, plan.spacing, plan.modality, INTENSITY[chosen.intensity],

@@ -250,4 +250,6 @@ def check_options(options: MAEOptions) -> None:
     if isinstance(options.block, int):
         checks.counts("block")
     else:
+        if options.block is None:
+            checks.refuse("block", "Give a number, or three.")
         checks.triples("block")

@@ -172,6 +172,12 @@ def pretrain(config: PretrainConfig) -> Path:
     taken = transfer(*pretrained, backbone, config.init) if pretrained else None
     before = seen_by(config.init) if pretrained else Seen()
     task = kind(backbone, plan, config.options)
+    # before anything is written; volumes that turn out to be unreadable are counted out below
+    task.check(len(subjects), config.batch_size or 1 << 30)
+    if "encoder" not in task.trains and not pretrained:
+        raise MedclError("the encoder would stay as frozen as it was drawn, at random weights", "--init",
+                         "Give --init RUN, or --options.freeze_encoder false.")  # fmt: skip
+    probed = subjects_to_probe(split, manifest, config.probe) if config.probe else ()
 
     run = open_run(config.out, config, "pretrain", config.resume)
     if not led:
@@ -214,7 +220,7 @@ def pretrain(config: PretrainConfig) -> Path:
     watch = Watch(task, config.steps, config.stop_on_collapse)
     callbacks: tuple[pl.Callback, ...] = (watch,)
     if config.probe:
-        told = cases_of(manifest, subjects_to_probe(split, manifest, config.probe), labelled=True)
+        told = cases_of(manifest, probed, labelled=True)
         labelled, _ = prepare_all(manifest, plan, config.store, cases=told)
         every = config.probe_every or max(1, config.steps // 10)
         callbacks += (probe_for(task.backbone, labelled, plan, every, config.steps, config.seed),)
@@ -247,6 +253,8 @@ def check(config: PretrainConfig) -> None:
     check_parts(config.parts, config.norm)
     if config.lr <= 0:
         raise MedclError(f"{config.lr} is not positive", "--lr", "Give a positive number.")
+    if config.width < 0 or config.weight_decay < 0:
+        raise MedclError("negative", "--width or --weight_decay", "Give 0 or more.")
     if not 0 <= config.warmup < 1:
         raise MedclError(f"{config.warmup} is no share of the steps", "--warmup", "Give 0 or more, below 1.")
     if config.subjects not in ("auto", "all"):
@@ -265,10 +273,11 @@ def tell_small_volumes(stored: list[Stored], task: PretextTask) -> None:
                  small, len(stored), size)  # fmt: skip
     if isinstance(task.places, Partitions):
         grid = task.places.grid
-        thin = sum(any(n < g for n, g in zip(shape, grid, strict=True)) for shape in shapes)
+        thin = sum(not task.places.apart(shape, task.read_size) for shape in shapes)
         if thin:
-            log.warning("%d of %d volumes have fewer voxels along an axis than there are partitions (%s): several of "
-                        "theirs show the same.", thin, len(stored), " x ".join(map(str, grid)))  # fmt: skip
+            told = " x ".join(map(str, grid))
+            log.warning("%d of %d volumes are so small that several of their %s partitions show the same: leave them "
+                        "out, or give a smaller --options.size.", thin, len(stored), told)  # fmt: skip
 
 
 def fitted(

@@ -51,19 +51,21 @@ class Watch(pl.Callback):
         self.rank_before: float | None = None  # of the same reads before and after training
         self.rank_after: float | None = None
         self.fresh = True  # no step of this stage yet
+        self.since = 0  # the step at which it began
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "first": self.first_rank, "best": self.best_rank, "before": self.rank_before, "warned": sorted(self.warned),
+            "since": self.since,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.first_rank, self.best_rank = state["first"], state["best"]
-        self.rank_before, self.fresh = state.get("before"), False
+        self.rank_before, self.fresh, self.since = state.get("before"), False, state.get("since", 0)
         self.warned = set(state["warned"])
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        trainer.logger.together("loss and trivial solutions", "loss", "trivial_constant", "trivial_orthogonal")  # type: ignore
+        trainer.logger.together("loss and trivial solutions", "loss", "trivial_.*")  # type: ignore
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
         if self.fresh and hasattr(module, "rows_of"):
@@ -100,6 +102,7 @@ class Watch(pl.Callback):
         z, marks = module.seen["z"], module.seen["marks"]
         if self.stage and self.stage != tuple(z):
             self.forget(tuple(z))
+            self.since = trainer.global_step
         self.stage = tuple(z)
         self.losses.append(loss.detach())  # no number yet: that would wait for the device at every step
         embeddings = next(iter(z.values())).flatten(0, -2)
@@ -129,14 +132,18 @@ class Watch(pl.Callback):
             values["embedding_rank"] = own
             values["effective_rank"] = self.last_rank = rank
             self.first_rank = rank if self.first_rank is None else self.first_rank
-            if step > SPARE_STEPS * self.steps:  # random weights have many directions that mean nothing
+            if self.settled(step):  # random weights have many directions that mean nothing
                 self.best_rank = max(self.best_rank, rank)
         return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def settled(self, step: int) -> bool:
+        """Whether a stage is beyond its first steps, after which it may be judged."""
+        return step - self.since > SPARE_STEPS * (self.steps - self.since)
 
     def verdicts(self, step: int) -> dict[str, str]:
         """What is wrong, by name of the trivial solution, with the remedy."""
         found = {}
-        if len(self.losses) == WINDOW and step > SPARE_STEPS * self.steps:
+        if len(self.losses) == WINDOW and self.settled(step):
             losses = [float(loss) for loss in self.losses]
             before, now = (statistics.median(half) for half in (losses[: WINDOW // 2], losses[WINDOW // 2 :]))
             still = abs(now - before) < NEAR * max(abs(now), 0.1)

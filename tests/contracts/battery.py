@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from recipes import Case
 from torch import Tensor
 
+from medcl.data.crops import Partitions
 from medcl.pretext.base import PretextTask
-from medcl.pretext.registry import task_class
+from medcl.pretext.registry import TASKS, task_class
 
 Tensors = dict[str, Tensor]
 
@@ -38,11 +39,17 @@ def volume(number: int, shape: tuple[int, int, int]) -> Tensor:
 
 
 def batch_for(task: PretextTask, volumes: range) -> Tensors:
-    """Reads as `medcl.data.crops.ReadDataset` gives them; one axis is shorter than the read, one longer."""
+    """Reads as `medcl.data.crops.ReadDataset` gives them; one axis is shorter than the read, one longer.
+
+    Axes that are divided into partitions are long enough for the partitions to differ.
+    """
     reads: dict[str, list[Tensor]] = {name: [] for name in ("image", "seed", "volume", "place", "start", "extent")}
     a, b, c = task.read_size
+    grid = task.places.grid if isinstance(task.places, Partitions) else (1, 1, 1)
+    sizes = zip((a + 6, b, c - 2), task.read_size, grid, strict=True)
+    shape = tuple(n if g == 1 else read * (g + 1) for n, read, g in sizes)
+    assert not isinstance(task.places, Partitions) or task.places.apart(shape, task.read_size)
     for number in volumes:
-        shape = (a + 6, b, c - 2)
         image, rng = volume(number, shape), np.random.default_rng(number)
         for place, start in enumerate(task.places(shape, task.read_size, rng)):
             index = [
@@ -130,7 +137,12 @@ def assert_gradient_reaches_what_trains(task: PretextTask) -> None:
     encoder = reached["encoder"] if "encoder" in task.trains else wanted["encoder"]
     if "encoder" not in task.trains:
         assert not reached["encoder"]
-    assert (encoder, reached["decoder"] | reached["head"]) in depths(task, wanted["encoder"])
+    past = reached["decoder"] | reached["head"]
+    found = depths(task, wanted["encoder"])
+    assert (encoder, past) in found
+    if "decoder" in task.trains:  # as deep as the task says it looks, and no less
+        blocks = getattr(task, "blocks", None)
+        assert past == found[-1 if blocks is None else 1 + 2 * blocks][1], "part of the decoder is not reached"
 
 
 def depths(task: PretextTask, encoder: set[str]) -> list[tuple[set[str], set[str]]]:
@@ -146,7 +158,7 @@ def depths(task: PretextTask, encoder: set[str]) -> list[tuple[set[str], set[str
     backbone.net.requires_grad_(True)
     features = backbone.encode(torch.randn(1, 1, *smallest))
     mine = list(backbone.net.parameters())
-    looks = {0: features[-1], **{n: backbone.decode(features, n) for n in (*range(1, len(features)), None)}}
+    looks = {0: features[-1], **{n: backbone.decode(features, n) for n in (*range(1, len(features)), None)}}  # in order
     out: list[tuple[set[str], set[str]]] = [(encoder, set())]
     for look in looks.values():
         found = torch.autograd.grad(look.sum(), mine, allow_unused=True, retain_graph=True)
@@ -228,7 +240,7 @@ def check_one_batch_can_be_learned(case: Case) -> None:
 def check_half_precision_at_a_low_temperature(case: Case) -> None:
     """Loss and gradient are finite in bf16 autocast, at a temperature of 0.01 where the task has one."""
     names = [f.name for f in dataclasses.fields(task_class(case.task).Options) if f.name.endswith("temperature")]
-    task = build(case, **dict.fromkeys(names, 0.01))
+    task = build(case, **dict.fromkeys(names, 0.01), **cold_parts(case))
     views = views_of(task, case.volumes)
     with torch.autocast("cpu", torch.bfloat16):
         loss = task.loss(views)["loss"]
@@ -236,6 +248,12 @@ def check_half_precision_at_a_low_temperature(case: Case) -> None:
     assert loss.dtype == torch.float32 and bool(loss.isfinite())
     for name, parameter in task.named_parameters():
         assert parameter.grad is None or bool(parameter.grad.isfinite().all()), name
+
+
+def cold_parts(case: Case) -> dict[str, Any]:
+    """Options of the tasks that a task is made of, at a temperature of 0.01."""
+    parts = {k: v for k, v in case.resolved().items() if k in TASKS}
+    return {name: {**options, "temperature": 0.01} for name, options in parts.items()}
 
 
 def check_views_are_functions_of_each_read(case: Case) -> None:
@@ -279,4 +297,4 @@ CHECKS = (
     check_other_seeds_give_other_views,
 )
 # Inputs of 64 voxels take seconds a step on one thread: what needs many steps runs on the other backbones alone.
-SWIN_CHECKS = (check_one_step_and_its_saved_state,)
+SWIN_CHECKS = (check_one_step_and_its_saved_state, check_half_precision_at_a_low_temperature)

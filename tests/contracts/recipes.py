@@ -69,7 +69,7 @@ RECIPES: dict[str, Recipe] = {
             "global_contrast": {"partitions": [1, 1, 2], "size": [16, 16, 8], **TINY},
             "local_contrast": {"region": 1, "regions": 2, "embedding": 16},
         },
-        swin={"global_contrast": {"partitions": [1, 1, 2], "size": [64, 64, 32], **TINY}},
+        swin={"global_contrast": {"partitions": [1, 1, 2], "size": [64, 64, 16], **TINY}},
     ),
     "pixpro": Recipe(
         options={"size": [16, 16, 16], "blocks": 1},
@@ -77,8 +77,10 @@ RECIPES: dict[str, Recipe] = {
         variants=({"blocks": 0},),
     ),
     "pixcontrast": Recipe(
-        options={"size": [16, 16, 16], "blocks": 0, "momentum": 0.9},
+        options={"size": [16, 16, 16]},
         swin={"size": [64, 64, 32]},
+        variants=({"blocks": 0, "momentum": 0.9},),
+        steps=120,
     ),
     "voco": Recipe(
         options={"crops": 2, "grid": [2, 2, 1]},
