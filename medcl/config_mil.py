@@ -26,8 +26,7 @@ class MILPrepareConfig:
             half; or of a cell, by default those of the encoder's second map.
         maps: maps of the encoder that a cell gets its features from, the finest first; 0 takes all. Few of them keep
             something small from being drowned by features of what lies around it.
-        pool: of what lies in a cell: `mean-max`; or `mean`, so that a cell stands out more the fuller it is of
-            something, and attention peaks in it, not at its edge.
+        pool: of what lies in a cell: `mean-max`, which also shows something smaller than a cell; or `mean`.
         seed: of random weights.
         accelerator: auto, cpu or gpu.
     """

@@ -118,7 +118,7 @@ def read_instances(path: str | Path) -> tuple[tuple[Bag, ...], dict[str, Feature
 
     path = Path(path)
     try:
-        table = pandas.read_csv(path)
+        table = pandas.read_csv(path, low_memory=False)  # a column has one type from top to bottom
     except (OSError, ValueError) as error:
         raise MedclError(f"cannot be read ({type(error).__name__})", path, "Give a CSV of instances.") from None
     if "bag_id" not in table:
