@@ -141,8 +141,10 @@ def assert_gradient_reaches_what_trains(task: PretextTask) -> None:
     found = depths(task, wanted["encoder"])
     assert (encoder, past) in found
     if "decoder" in task.trains:  # as deep as the task says it looks, and no less
-        blocks = getattr(task, "blocks", None)
-        assert past == found[-1 if blocks is None else 1 + 2 * blocks][1], "part of the decoder is not reached"
+        looking = (m for m in task.modules() if hasattr(getattr(m, "options", None), "blocks"))
+        depth = next((m.blocks for m in looking), None)
+        wanted_past = found[-1 if depth is None else 1 + 2 * depth][1] & wanted["decoder"]
+        assert reached["decoder"] == wanted_past != set(), "part of the decoder is not reached"
 
 
 def depths(task: PretextTask, encoder: set[str]) -> list[tuple[set[str], set[str]]]:
@@ -297,4 +299,5 @@ CHECKS = (
     check_other_seeds_give_other_views,
 )
 # Inputs of 64 voxels take seconds a step on one thread: what needs many steps runs on the other backbones alone.
-SWIN_CHECKS = (check_one_step_and_its_saved_state, check_half_precision_at_a_low_temperature)
+SWIN_CHECKS = (check_one_step_and_its_saved_state,)
+SWIN_IN_BF16 = ("mae", "pixcontrast", "voco")  # which is how it is trained on a GPU; one task of each kind

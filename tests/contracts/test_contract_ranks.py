@@ -118,7 +118,7 @@ def test_stages_on_two_ranks_are_those_of_one_with_the_joined_batch(joint_result
     for step, (ours, theirs) in enumerate(zip(joint, alone, strict=True)):
         for name, tensor in ours.items():
             apart = float((tensor - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-6))
-            assert apart < 1e-3, f"step {step}: {name} differs by {apart}"
+            assert apart < 3e-3, f"step {step}: {name} differs by {apart}"
     encoder = [n for n in joint[0] if n.removeprefix("backbone.net.") in build(STAGES).backbone.tensor_names("encoder")]
     assert encoder and all(torch.equal(joint[1][name], joint[3][name]) for name in encoder)  # frozen, not decayed
     assert any(not torch.equal(joint[0][name], joint[1][name]) for name in encoder)

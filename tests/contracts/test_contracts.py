@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import battery
 import pytest
-from battery import CHECKS, SWIN_CHECKS
-from recipes import cases
+from battery import CHECKS, SWIN_CHECKS, SWIN_IN_BF16
+from recipes import Case, cases
 
 from medcl.pretext.registry import TASKS, task_class
 
@@ -12,6 +13,9 @@ RUNS = [
     pytest.param(case, check, id=f"{case}-{check.__name__[6:]}")
     for case in cases()
     for check in (SWIN_CHECKS if case.backbone == "swin_unetr" else CHECKS)
+] + [
+    pytest.param(Case(task, "swin_unetr"), battery.check_half_precision_at_a_low_temperature, id=f"{task}-swin-bf16")
+    for task in SWIN_IN_BF16
 ]
 
 
@@ -25,3 +29,13 @@ def test_a_task_says_what_it_trains_and_documents_itself(task):
     kind = task_class(task)
     assert set(kind.trains) <= {"encoder", "decoder"} and kind.trains
     assert kind.__doc__ and kind.Options.__doc__ and "Attributes:" in kind.Options.__doc__
+
+
+@pytest.mark.parametrize("task", ["local_contrast", "pixpro"])
+def test_a_loss_that_does_not_reach_the_decoder_is_found(task, monkeypatch):
+    """The battery's check of gradients can fail."""
+    case = Case(task, "unet")
+    plain = type(case.network()).decode
+    monkeypatch.setattr(type(case.network()), "decode", lambda *args: plain(*args).detach())
+    with pytest.raises((AssertionError, RuntimeError)):
+        battery.check_one_step(case)
