@@ -47,7 +47,7 @@ def staged(rank: int | None) -> list[dict[str, Tensor]]:
     if rank is not None:  # each stage leaves parameters without gradient
         wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, find_unused_parameters=True)  # type: ignore
     volumes = range(RANKS * PER_RANK) if rank is None else range(rank * PER_RANK, (rank + 1) * PER_RANK)
-    optimizer = torch.optim.SGD(task.parameters(), 0.05, weight_decay=0.1)
+    optimizer = torch.optim.SGD(task.parameters(), 0.01, weight_decay=0.1)
     weights = []
     for progress in (0.25, 0.5, 0.75, 1.0):
         optimizer.zero_grad()
@@ -116,9 +116,12 @@ def test_stages_on_two_ranks_are_those_of_one_with_the_joined_batch(joint_result
     assert not isinstance(joint, str), joint
     alone = staged(None)
     for step, (ours, theirs) in enumerate(zip(joint, alone, strict=True)):
-        for name, tensor in ours.items():
-            apart = float((tensor - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-6))
-            assert apart < 3e-3, f"step {step}: {name} differs by {apart}"
+        assert ours.keys() == theirs.keys()
+        # of all weights together: single biases near 0 carry rounding that four steps enlarge
+        apart, size = (torch.cat([w.flatten() for w in each]).norm() for each in (
+            [ours[name] - theirs[name] for name in ours], theirs.values()
+        ))  # fmt: skip
+        assert float(apart / size) < 1e-5, f"step {step} differs by {float(apart / size)}"
     encoder = [n for n in joint[0] if n.removeprefix("backbone.net.") in build(STAGES).backbone.tensor_names("encoder")]
     assert encoder and all(torch.equal(joint[1][name], joint[3][name]) for name in encoder)  # frozen, not decayed
     assert any(not torch.equal(joint[0][name], joint[1][name]) for name in encoder)
