@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import battery
 import pytest
 from battery import CHECKS, SWIN_CHECKS, SWIN_IN_BF16
@@ -9,10 +11,12 @@ from recipes import Case, cases
 
 from medcl.pretext.registry import TASKS, task_class
 
+# all checks on Swin too, which take minutes: MEDCL_WHOLE_BATTERY=1 python -m pytest tests/contracts -k swin
+WHOLE = os.environ.get("MEDCL_WHOLE_BATTERY") == "1"
 RUNS = [
     pytest.param(case, check, id=f"{case}-{check.__name__[6:]}")
     for case in cases()
-    for check in (SWIN_CHECKS if case.backbone == "swin_unetr" else CHECKS)
+    for check in (SWIN_CHECKS if case.backbone == "swin_unetr" and not WHOLE else CHECKS)
 ] + [
     pytest.param(Case(task, "swin_unetr"), battery.check_half_precision_at_a_low_temperature, id=f"{task}-swin-bf16")
     for task in SWIN_IN_BF16
