@@ -242,3 +242,10 @@ def test_ranks_before_and_after_are_of_the_same_reads_and_leave_no_trace(phantom
     other = medcl.pretrain(config(phantoms, tmp_path / "not", **short))
     one, two = (load_weights(folder)[1] for folder in (run, other))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_a_stage_is_judged_by_its_own_steps():
+    watch = Watch(None, 300, False)
+    assert not watch.settled(50) and watch.settled(70)
+    watch.since = 150  # the second stage of a run
+    assert not watch.settled(175) and watch.settled(190)
