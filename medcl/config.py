@@ -123,7 +123,7 @@ class PretrainConfig:
         compile: compile the network with torch.compile: minutes at the start, for long runs on a GPU.
         devices: GPUs a machine (on a CPU: processes) that train together, each on `batch_size` volumes.
         nodes: machines; start the command on each by `torchrun` or `srun`.
-        strategy: auto or ddp: how they do it.
+        strategy: auto or ddp, each with all weights; or fsdp, each with a share of weights and optimiser state.
     """
 
     source: str

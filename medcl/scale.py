@@ -13,7 +13,7 @@ from typing import Any
 
 from medcl.errors import MedclError
 
-STRATEGIES = ("auto", "ddp")
+STRATEGIES = ("auto", "ddp", "fsdp")
 LOOK_EVERY = 0.5  # seconds between two looks for the first process's manifest
 
 
@@ -27,6 +27,8 @@ def check_scale(config: Any, accelerator: str) -> None:
         raise MedclError("not positive", "--devices or --nodes", "Give at least 1.")
     if config.strategy not in STRATEGIES:
         raise MedclError(f"unknown strategy {config.strategy!r}", "--strategy", f"Use {', '.join(STRATEGIES)}.")
+    if config.strategy == "fsdp" and processes(config) == 1:
+        raise MedclError("one process has nobody to share weights with", "--strategy fsdp", "Raise --devices.")
     if accelerator == "gpu":
         import torch
 
@@ -74,6 +76,11 @@ def strategy_for(config: Any) -> Any:
     """Lightning's `strategy`."""
     if processes(config) == 1:
         return "auto"
+    if config.strategy == "fsdp":
+        from pytorch_lightning.strategies import ModelParallelStrategy
+
+        # checkpoints of whole tensors: any number of processes goes on from them
+        return ModelParallelStrategy(processes(config), 1, save_distributed_checkpoint=False)
     from pytorch_lightning.strategies import DDPStrategy
 
     return DDPStrategy(find_unused_parameters=True)  # a task may leave the decoder alone

@@ -22,6 +22,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from medcl.errors import MedclError
 from medcl.files import atomic_path
+from medcl.networks.sharding import full
 from medcl.run import log, write_metrics
 from medcl.scale import follows, strategy_for
 
@@ -250,7 +251,7 @@ class Checkpoints(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         if trainer.global_step % self.every and trainer.global_step < trainer.max_steps:
             return
-        if not all(torch.isfinite(p).all() for p in module.parameters()):
+        if not all(torch.isfinite(full(p)).all() for p in module.parameters()):
             raise MedclError(f"weights are not finite at step {trainer.global_step}", "training", DIVERGED)
         trainer.save_checkpoint(self.path)
 

@@ -47,8 +47,10 @@ def weights(run: Path) -> torch.Tensor:
     return torch.cat([tensors[name].flatten().float() for name in sorted(tensors)])
 
 
-def test_two_processes_train_as_one_with_the_joined_batch(alone, tmp_path, phantoms):
-    call = [sys.executable, "-m", "medcl.cli", *arguments(phantoms, tmp_path / "run", batch_size=2, devices=2)]
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_with_the_joined_batch(alone, tmp_path, phantoms, strategy):
+    more = {"batch_size": 2, "devices": 2, "strategy": strategy}
+    call = [sys.executable, "-m", "medcl.cli", *arguments(phantoms, tmp_path / "run", **more)]
     place = str(Path(medcl.__file__).parents[1])
     env = {**os.environ, "MEDCL_STORE": str(tmp_path / "store"), "OMP_NUM_THREADS": "1", "PYTHONPATH": place}
     done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=900)
@@ -89,6 +91,7 @@ def test_ranks_are_those_of_the_launcher(monkeypatch):
 
 
 def test_what_cannot_work_is_told_at_once():
-    for scale, word in ((Scale(devices=0), "--devices"), (Scale(strategy="zero"), "unknown strategy")):
+    for scale, word in ((Scale(devices=0), "--devices"), (Scale(strategy="zero"), "unknown strategy"),
+                        (Scale(devices=1, strategy="fsdp"), "nobody to share")):  # fmt: skip
         with pytest.raises(MedclError, match=word):
             check_scale(scale, "cpu")

@@ -186,6 +186,8 @@ def check(config: FinetuneConfig) -> None:
         raise MedclError(f"unknown augmentation {config.augment!r}", "--augment", "Use strong or none.")
     if not 0 < config.layer_decay <= 1:
         raise MedclError(f"{config.layer_decay} is no factor", "--layer_decay", "Give more than 0, up to 1.")
+    if config.strategy == "fsdp":
+        raise MedclError("divides weights in pretraining alone", "--strategy fsdp", "Use ddp.")
     if config.layer_decay != 1 and config.init == "none":
         raise MedclError("no weights are given that it could slow", "--layer_decay", "Name them with --init.")
     if config.core_tuning < 0:

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import nn
 
+from medcl.networks.sharding import own
+
 
 class MomentumTeacher(nn.Module):
     """Exponential moving average of a module, always in evaluation mode.
@@ -29,8 +31,8 @@ class MomentumTeacher(nn.Module):
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student; buffers are copied."""
-        mine: list[torch.Tensor] = list(self.module.parameters())
-        theirs = [p.detach() for p in student.parameters()]
+        mine = [own(p) for p in self.module.parameters()]
+        theirs = [own(p) for p in student.parameters()]
         torch._foreach_lerp_(mine, theirs, 1 - momentum)
         for kept, new in zip(self.module.buffers(), student.buffers(), strict=True):
             kept.copy_(new)

@@ -26,6 +26,7 @@ from medcl.errors import MedclError
 from medcl.memory import RetrySmaller, keep_memory, make_room, out_of_memory
 from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.networks.parts import check_parts, compile_network
+from medcl.networks.sharding import is_sharded, shard, whole
 from medcl.precision import autocast, choose_precision, keep_precision
 from medcl.pretext.base import PretextTask
 from medcl.pretext.fitting import fit_to_memory
@@ -122,6 +123,11 @@ class PretextModule(RetrySmaller):
         super().optimizer_step(*args, **kwargs)
         # here and not in `on_train_batch_end`, which runs after the callbacks: a checkpoint must hold the new teacher
         self.task.after_step((self.trainer.global_step + 1) / self.config.steps)
+
+    def configure_model(self) -> None:
+        """Where Lightning's strategy divides a network: see `medcl.networks.sharding`."""
+        if self.config.strategy == "fsdp" and not is_sharded(self):
+            shard(self, self.device_mesh["data_parallel"])  # type: ignore[index]
 
     def configure_optimizers(self) -> Any:
         config = self.config
@@ -232,10 +238,11 @@ def pretrain(config: PretrainConfig) -> Path:
     fit(trainer, module, run if first else None)
     if summary := watch.summary():
         log.info(summary)
+    trained = whole(task.backbone)
     if led:
         return run
     save_seen(run, before + seen_in(manifest, [item.case for item in stored], "pretraining", run, config.store))
-    save_weights(run, task.backbone, contract_of(task, config, plan, spec, stored))
+    save_weights(run, trained, contract_of(task, config, plan, spec, stored))
     write_provenance(run, began, accelerator=accelerator, precision=precision, seed=config.seed, resumed_at=first)
     log.info("Encoder in %s after %s.", run / "weights", hours(time.monotonic() - began))
     return run
@@ -251,6 +258,8 @@ def check(config: PretrainConfig) -> None:
     if config.batch_size < 0 or (config.batch_size == 0 and config.devices * config.nodes > 1):
         raise MedclError(f"{config.batch_size} volumes a step", "--batch_size", "Give at least 1 (0 on one device).")
     check_parts(config.parts, config.norm)
+    if config.compile and config.strategy == "fsdp":
+        raise MedclError("a compiled network cannot be divided", "--compile", "Leave it out, or use --strategy ddp.")
     if config.lr <= 0:
         raise MedclError(f"{config.lr} is not positive", "--lr", "Give a positive number.")
     if config.width < 0 or config.weight_decay < 0:

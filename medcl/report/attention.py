@@ -132,7 +132,10 @@ def slices_map(path: Path, corners: np.ndarray, attention: np.ndarray, meta: dic
 
 
 def volume_map(path: Path, corners: np.ndarray, attention: np.ndarray, meta: dict[str, Any]) -> None:
-    """Mean attention of the sub-volumes over every voxel, times their number: 1 where nothing stands out."""
+    """Greatest attention of the sub-volumes over every voxel, times their number: 1 where nothing stands out.
+
+    Not the mean: that of overlapping ones is highest where they overlap most, and not in the most attended.
+    """
     from medcl.data.io import from_canonical, read_volume, to_canonical, write_nifti
     from medcl.data.plan import Plan
     from medcl.data.prepare import prepare_image
@@ -141,12 +144,11 @@ def volume_map(path: Path, corners: np.ndarray, attention: np.ndarray, meta: dic
     volume = read_volume([meta["source"]])
     plan = Plan.from_dict(json.loads(meta["plan"]), meta["source"])
     prepared = prepare_image(to_canonical(volume), plan)
-    heat, count = np.zeros(prepared.image.shape, np.float32), np.zeros(prepared.image.shape, np.float32)
+    heat = np.zeros(prepared.image.shape, np.float32)
     for corner, value in zip(corners, attention * len(attention), strict=True):
         box = tuple(slice(int(c), int(c) + int(n)) for c, n in zip(corner, meta["size"], strict=True))
-        heat[box] += value
-        count[box] += 1
-    heat = resample_linear(heat / np.maximum(count, 1), prepared.crop_shape)
+        heat[box] = np.maximum(heat[box], value)
+    heat = resample_linear(heat, prepared.crop_shape)
     whole = np.zeros(prepared.canonical_shape, np.float32)
     whole[tuple(slice(s, s + n) for s, n in zip(prepared.crop_start, prepared.crop_shape, strict=True))] = heat
     write_nifti(path, from_canonical(whole, volume.affine), volume.affine)
