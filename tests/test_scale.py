@@ -19,6 +19,7 @@ from medcl.run import read_config, read_metrics
 from medcl.scale import check_scale, follows, rank_of
 
 SETTINGS = {"task": "voco", "steps": 3, "width": 4, "lr": 1e-3, "accelerator": "cpu", "precision": "32", "seed": 1}
+COMMAND, CUT_OFF = ["-m", "medcl.cli"], Path(__file__).parent / "contracts" / "cut_off.py"
 # dropout is drawn by each process for itself
 OPTIONS = {"hidden": 16, "embedding": 8, "crops": 2, "feature_dropout": 0.0}
 
@@ -47,15 +48,26 @@ def weights(run: Path) -> torch.Tensor:
     return torch.cat([tensors[name].flatten().float() for name in sorted(tensors)])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_as_one_with_the_joined_batch(alone, tmp_path, phantoms, strategy):
-    more = {"batch_size": 2, "devices": 2, "strategy": strategy}
-    call = [sys.executable, "-m", "medcl.cli", *arguments(phantoms, tmp_path / "run", **more)]
+def two(program: list[str], source: Path, out: Path, store: Path, strategy: str, *more: str):
+    """Two processes by this program, which takes the command's arguments."""
+    named = {"batch_size": 2, "devices": 2, "strategy": strategy, "checkpoint_every": 2}
+    call = [sys.executable, *program, *arguments(source, out, **named), *more]
     place = str(Path(medcl.__file__).parents[1])
-    env = {**os.environ, "MEDCL_STORE": str(tmp_path / "store"), "OMP_NUM_THREADS": "1", "PYTHONPATH": place}
-    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=900)
+    env = {**os.environ, "MEDCL_STORE": str(store), "OMP_NUM_THREADS": "1", "PYTHONPATH": place}
+    return subprocess.run(call, env=env, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, phantoms):
+    """Two processes, each with all weights or with its share, on half of the joined batch each."""
+    folder = tmp_path_factory.mktemp("together")
+    return {s: (folder / s, two(COMMAND, phantoms, folder / s, folder / "store", s)) for s in ("ddp", "fsdp")}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_with_the_joined_batch(alone, together, strategy):
+    run, done = together[strategy]
     assert done.returncode == 0, done.stderr[-2000:]
-    run = tmp_path / "run"
     assert read_config(run)["devices"] == 2
     assert {"config.yaml", "log.txt", "manifest.json", "metrics.csv", "provenance.json", "weights", "report.html"} <= {
         path.name for path in run.iterdir()
@@ -67,6 +79,15 @@ def test_two_processes_train_as_one_with_the_joined_batch(alone, tmp_path, phant
     assert float((joint - whole).norm()) < 0.2 * float((half - whole).norm())
     steps = [[row["loss"] for row in read_metrics(folder)] for folder in (run, alone[4])]
     assert steps[0] == pytest.approx(steps[1], rel=1e-4)
+
+
+def test_a_divided_run_goes_on_after_a_kill_as_if_nothing_had_been(together, tmp_path, phantoms):
+    run, store = tmp_path / "run", tmp_path / "store"
+    assert two([str(CUT_OFF)], phantoms, run, store, "fsdp").returncode != 0
+    assert not (run / "weights").exists()
+    done = two(COMMAND, phantoms, run, store, "fsdp", "--resume")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.equal(weights(run), weights(together["fsdp"][0]))
 
 
 @dataclass

@@ -128,6 +128,7 @@ class PretextModule(RetrySmaller):
         """Where Lightning's strategy divides a network: see `medcl.networks.sharding`."""
         if self.config.strategy == "fsdp" and not is_sharded(self):
             shard(self, self.device_mesh["data_parallel"])  # type: ignore[index]
+            self.strict_loading = False  # a part that no step has touched has no optimiser state to go on from
 
     def configure_optimizers(self) -> Any:
         config = self.config
