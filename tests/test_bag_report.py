@@ -23,12 +23,13 @@ from test_slides import picture  # noqa: E402
 from medcl.config import ReportConfig  # noqa: E402
 from medcl.config_mil import MILPredictConfig, MILPrepareConfig  # noqa: E402
 from medcl.data.bags import Features, read_features, write_features  # noqa: E402
-from medcl.data.io import write_nifti  # noqa: E402
+from medcl.data.io import read_volume, write_nifti  # noqa: E402
 from medcl.data.plan import Plan  # noqa: E402
 from medcl.downstream.mil_prepare import prepare_bags  # noqa: E402
 from medcl.downstream.mil_stage import fit, predict_bags  # noqa: E402
 from medcl.errors import MedclError  # noqa: E402
 from medcl.files import write_rows  # noqa: E402
+from medcl.report.attention import volume_map  # noqa: E402
 from medcl.report.bag_figures import confusion_table, reliability, roc_points  # noqa: E402
 from medcl.report.bags import write_bag_report, write_told_report  # noqa: E402
 from medcl.report.instances import chosen_instances, instance_rows, pictures_of  # noqa: E402
@@ -128,3 +129,19 @@ def test_a_sub_volume_is_shown_in_its_slice_with_the_front_up_and_the_right_on_t
     assert centre[0] < 0.3 and centre[1] < 0.3  # front is up, high x on the left
     assert (orange.min(0) <= bright.min(0)).all() and (orange.max(0) >= bright.max(0)).all()
     assert (np.abs(found[0](1).astype(int) - (230, 159, 0)).sum(2) < 5).any()
+
+
+def test_a_volume_s_map_peaks_at_the_most_attended_of_overlapping_cells_on_the_scan_s_own_grid(tmp_path):
+    image = np.random.default_rng(0).random((16, 12, 8)).astype(np.float32) + 1
+    affine = np.diag([-1.0, 1.0, 1.0, 1.0])  # the file counts x to the patient's left, the cells to the right
+    write_nifti(tmp_path / "a.nii.gz", image, affine)
+    plan = Plan(spacing=(1.0, 1.0, 1.0), patch_size=(8, 8, 8), normalise="robust")
+    meta = {"source": str(tmp_path / "a.nii.gz"), "size": [4, 4, 4], "plan": json.dumps(dataclasses.asdict(plan))}
+    corners, attention = np.array([[0, 0, 0], [2, 0, 0], [4, 0, 0]]), np.array([0.2, 0.5, 0.3])
+    volume_map(tmp_path / "map.nii.gz", corners, attention, meta)
+    found = read_volume([tmp_path / "map.nii.gz"])
+    assert np.allclose(found.affine, affine)
+    wanted = np.zeros(image.shape)
+    for x, value in ((0, 0.2), (4, 0.3), (2, 0.5)):  # the greatest last
+        wanted[12 - x : 16 - x, :4, :4] = 3 * value
+    assert np.allclose(found.array, wanted, atol=1e-5)
