@@ -29,12 +29,22 @@ def check_scale(config: Any, accelerator: str) -> None:
         raise MedclError(f"unknown strategy {config.strategy!r}", "--strategy", f"Use {', '.join(STRATEGIES)}.")
     if config.strategy == "fsdp" and processes(config) == 1:
         raise MedclError("one process has nobody to share weights with", "--strategy fsdp", "Raise --devices.")
+    if config.strategy == "fsdp" and not hands_back():
+        raise MedclError("needs torch 2.8 or newer", "--strategy fsdp", "Use --strategy ddp, or a newer torch.")
     if accelerator == "gpu":
         import torch
 
         seen = torch.cuda.device_count()
         if config.devices > seen:
             raise MedclError(f"{config.devices} GPUs a machine are more than the {seen} there are", "--devices")
+
+
+def hands_back() -> bool:
+    """Whether torch can give gathered weights back after every forward pass: before 2.8 it keeps the outermost ones."""
+    import torch
+
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 8)
 
 
 def processes(config: Any) -> int:
