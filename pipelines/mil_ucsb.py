@@ -27,7 +27,7 @@ from medcl.pretext.patches import pretrain_patches
 
 FOLDS, REPEATS = 5, 3  # repeats: classifiers of other seeds
 TILE = {"tile": 96, "mpp": 0.0, "tissue": 0.25}
-PRETRAIN = {"method": "dcl", "encoder": "resnet18", "width": 0.5, "steps": 500, "batch_size": 48}
+PRETRAIN = {"method": "dcl", "encoder": "resnet18", "width": 0.5, "steps": 300, "batch_size": 48}
 FIT = MILFitConfig("", "", aggregator="gated_abmil", epochs=60, lr=5e-4, options={"hidden": 128})
 
 
