@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MedclError(Exception):
     """An error a user can cause and mend, told in one line: what, where, remedy.
@@ -19,3 +22,12 @@ class MedclError(Exception):
 
     def __reduce__(self):  # survives the trip out of a worker process
         return type(self), (self.what, self.where, self.remedy)
+
+
+@contextmanager
+def tell_errors() -> Iterator[None]:
+    """For scripts: a `MedclError` inside ends the process with its one line, as it ends the command line."""
+    try:
+        yield
+    except MedclError as error:
+        raise SystemExit(f"medcl: error: {error}") from None

@@ -21,6 +21,7 @@ from medcl import BenchmarkConfig
 from medcl.data.case import Manifest
 from medcl.data.plan import derive_plan
 from medcl.data.splits import ranked
+from medcl.errors import tell_errors
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "benchmark_acdc.yaml"
 TEST = {f"patient{decade:02d}{unit}" for decade, units in
@@ -67,4 +68,5 @@ if __name__ == "__main__":
     parser.add_argument("--config", type=Path, default=CONFIG, help="arms, numbers of labels, schedule")
     parser.add_argument("--on", choices=("test", "val"), default="test", help="whom to score")
     args = parser.parse_args()
-    main(args.scans, args.out, args.spacing, args.patch, args.config, args.on)
+    with tell_errors():
+        main(args.scans, args.out, args.spacing, args.patch, args.config, args.on)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import medcl
 from medcl import BenchmarkConfig
+from medcl.errors import tell_errors
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "benchmark_hippocampus.yaml"
 
@@ -38,4 +39,5 @@ if __name__ == "__main__":
     parser.add_argument("--config", type=Path, default=CONFIG, help="arms, numbers of labels, schedule")
     parser.add_argument("--on", choices=("test", "val"), default="test", help="whom to score")
     args = parser.parse_args()
-    main(args.scans, args.out, args.config, args.on)
+    with tell_errors():
+        main(args.scans, args.out, args.config, args.on)

@@ -22,6 +22,7 @@ from medcl.data.bags import read_bags
 from medcl.data.phantom import write_phantoms
 from medcl.downstream.mil_prepare import prepare_bags
 from medcl.downstream.mil_stage import fit, predict_bags
+from medcl.errors import tell_errors
 from medcl.evaluation.bags import evaluate_bags, print_scores
 from medcl.files import write_rows
 from medcl.report.attention import draw_attention
@@ -86,4 +87,5 @@ def main(out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/lesion"))
-    main(parser.parse_args().out)
+    with tell_errors():
+        main(parser.parse_args().out)

@@ -21,6 +21,7 @@ from medcl.data.bags import Bag, classes_of, read_bags
 from medcl.downstream.mil import predict, train
 from medcl.downstream.mil_prepare import prepare_bags
 from medcl.downstream.mil_stage import divide
+from medcl.errors import tell_errors
 from medcl.evaluation.bags import print_scores, score
 from medcl.files import write_json, write_rows
 from medcl.pretext.patches import pretrain_patches
@@ -79,4 +80,5 @@ if __name__ == "__main__":
     parser.add_argument("bags", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/ucsb"))
     arguments = parser.parse_args()
-    main(arguments.bags, arguments.out)
+    with tell_errors():
+        main(arguments.bags, arguments.out)

@@ -17,6 +17,7 @@ from typing import Any
 
 import medcl
 from medcl import PretrainConfig, ReportConfig
+from medcl.errors import tell_errors
 
 SIZE = [96, 96, 96]
 # options that are not a task's own defaults; a task that is not named here has none
@@ -91,4 +92,5 @@ if __name__ == "__main__":
     parser.add_argument("--rank_weight", type=float, default=0.0)
     parser.add_argument("--accelerator", default="gpu", choices=("gpu", "cpu"))
     parser.add_argument("--workers", type=int, default=8)
-    main(parser.parse_args())
+    with tell_errors():
+        main(parser.parse_args())
