@@ -72,7 +72,7 @@ def self_contained(page: Page) -> None:
 def study(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
     data = make_data(root / "DOE_JANE" / "data", list("abcdefg"))
-    runs = [make_run(root / f"good{d}", data, draw=d, init="/home/me/runs/voco", good=0.8, seed=1) for d in range(2)]
+    runs = [make_run(root / f"good{d}", data, draw=d, init="/scratch/runs/voco", good=0.8, seed=1) for d in range(2)]
     baseline = [make_run(root / f"poor{d}", data, draw=d, good=0.2, seed=2) for d in range(2)]
     run = runs[0]
     rows = ["step,loss,lr,val_dice,effective_rank"]
@@ -296,7 +296,7 @@ def test_paths_are_recognised():
     assert without_files("JOHN DOE.nii.gz is empty", ["JOHN DOE.nii.gz"]) == "[file] is empty"
     assert without_files("set aside: DOE.NRRD, scan.nii.gz") == "set aside: [file], [file]"
     assert without_files("Dice 0.5, 3 of 4") == "Dice 0.5, 3 of 4"
-    assert last_parts("medcl finetune /home/me/heart/ --init=/runs/voco") == "medcl finetune heart --init=voco"
+    assert last_parts("medcl finetune /scratch/heart/ --init=/runs/voco") == "medcl finetune heart --init=voco"
 
 
 def test_values_read_as_a_person_writes_them():

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import medcl
-from medcl import PretrainConfig
+from medcl import FinetuneConfig, PretrainConfig
 from medcl.checkpoint import load_weights
+from medcl.downstream.stage import check as check_finetune
 from medcl.errors import MedclError
+from medcl.pretext.stage import check as check_pretrain
 from medcl.run import read_config, read_metrics
 from medcl.scale import check_scale, follows, rank_of
 
@@ -116,3 +118,15 @@ def test_what_cannot_work_is_told_at_once():
                         (Scale(devices=1, strategy="fsdp"), "nobody to share")):  # fmt: skip
         with pytest.raises(MedclError, match=word):
             check_scale(scale, "cpu")
+
+
+def test_dividing_weights_is_refused_where_it_cannot_work(monkeypatch):
+    with pytest.raises(MedclError, match="pretraining alone"):
+        check_finetune(FinetuneConfig("scans", "run", strategy="fsdp", devices=2))
+    with pytest.raises(MedclError, match="compiled"):
+        check_pretrain(PretrainConfig("scans", "run", strategy="fsdp", devices=2, compile=True))
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cpu")
+    with pytest.raises(MedclError, match=r"torch 2\.8"):
+        check_scale(Scale(strategy="fsdp"), "cpu")
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    check_scale(Scale(strategy="fsdp"), "cpu")
