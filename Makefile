@@ -25,7 +25,7 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 bench: $(VENV)/ready
-	for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py $(BENCH) || exit 1; done
+	for name in $(BENCHMARKS); do echo "== $$name"; OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$$name.py $(BENCH) || exit 1; done
 
 clean:
 	rm -rf $(VENV)

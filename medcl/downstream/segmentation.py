@@ -194,18 +194,19 @@ def class_scores(
     for flips in axes:
         with autocast(precision, accelerator):
             logits = sliding_window_inference(
-                volume.flip(flips),
+                volume.flip(flips) if flips else volume,  # flipping no axis would copy
                 tuple(patch),
                 _windows(patch, accelerator),
                 backbone,
                 overlap=overlap,
                 mode="gaussian",
             )
-        scores = torch.softmax(logits.float(), dim=1).flip(flips)  # type: ignore[union-attr]
-        total = scores if total is None else total + scores
+        scores = torch.softmax(logits.float(), dim=1)  # type: ignore[union-attr]
+        scores = scores.flip(flips) if flips else scores
+        total = scores if total is None else total.add_(scores)
     assert total is not None
     x, y, z = (slice(a, a + n) for (a, _), n in zip(pads, image.shape, strict=True))
-    return (total / len(axes))[0, :, x, y, z].cpu().numpy()
+    return (total if len(axes) == 1 else total.div_(len(axes)))[0, :, x, y, z].cpu().numpy()
 
 
 class Validate(Callback):
