@@ -273,6 +273,21 @@ def test_collating_pads_and_counts_cells():
     assert collate([bags[0], Features(np.ones((1, 3), np.float32))])[2] is None
 
 
+def test_a_bag_alone_is_as_among_others_and_its_values_stay() -> None:
+    rng = np.random.default_rng(0)
+    big, small = (Features(rng.normal(size=(k, 3)).astype(np.float32), np.arange(2 * k).reshape(k, 2)) for k in (5, 2))
+    for bag in (big, Features(big.h.astype(np.float16), big.coordinates)):
+        before = bag.h.copy()
+        bag.h.flags.writeable = True
+        alone, padded = collate([bag]), collate([bag, small])
+        for one, both in zip(alone, padded, strict=True):
+            assert one is not None and both is not None
+            assert one.dtype == both.dtype and torch.equal(one[0], both[0])
+        bag.h.flags.writeable = False  # as of a file mapped for reading
+        assert torch.equal(collate([bag])[0], alone[0])
+        np.testing.assert_array_equal(bag.h, before)
+
+
 @pytest.mark.parametrize("b,n,d", [(4, 0, 3), (6, 5, 8), (3, 2, 4)])
 def test_supervised_contrast_equals_a_loop(b, n, d):
     torch.manual_seed(b)

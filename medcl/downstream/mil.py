@@ -104,7 +104,7 @@ def collate(bags: Sequence[Features], device: torch.device | str = "cpu") -> tup
     where = torch.zeros(len(bags), longest, cells[0].shape[1], dtype=torch.long) if known else None  # type: ignore[union-attr]
     for row, bag in enumerate(bags):
         count = len(bag.h)
-        h[row, :count] = torch.from_numpy(bag.h)
+        h.numpy()[row, :count] = bag.h  # through numpy, for torch warns of arrays that cannot be written
         mask[row, :count] = True
         if where is not None:
             where[row, :count] = torch.from_numpy(cells[row])
