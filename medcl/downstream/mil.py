@@ -59,7 +59,7 @@ class BagClassifier(nn.Module):
         every = max(1, total // STATISTICS_FROM)
         rows = torch.from_numpy(np.concatenate([bag.h[::every] for bag in bags]))
         mean = rows.mean(0)
-        # two passes: exact enough, and 2.6 times faster than var_mean
+        # two passes: exact enough, and faster than var_mean along rows
         deviation = (rows - mean).square_().mean(0).sqrt()
         self.mean.copy_(mean)
         self.deviation.copy_(torch.where(deviation > 1e-8, deviation, 1.0))
