@@ -20,6 +20,7 @@ from medcl.transforms.intensity import (
     RandomNoise,
 )
 from medcl.transforms.random import as_seeds, mix_seeds, name_key
+from medcl.transforms.rows import by_rows
 from medcl.transforms.spatial import RandomSpatial
 
 
@@ -54,14 +55,11 @@ class Compose:
 
     def apply(self, image: Tensor, params: Sequence[Params]) -> Tensor:
         """Applies drawn parameters to (B, C, D, H, W)."""
-        for transform, drawn in zip(self.transforms, params, strict=True):
-            image = transform.apply(image, drawn)
-        return image
+        return by_rows(self._apply, (image,), params)[0]
 
     def apply_both(self, image: Tensor, label: Tensor, params: Sequence[Params]) -> tuple[Tensor, Tensor]:
         """Applies drawn parameters to an image and its label map (B, 1, D, H, W)."""
-        for transform, drawn in zip(self.transforms, params, strict=True):
-            image, label = transform.apply_both(image, label, drawn)
+        image, label = by_rows(self._apply_both, (image, label), params)
         return image, label
 
     def apply_soft(self, image: Tensor, soft: Tensor, params: Sequence[Params]) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +74,20 @@ class Compose:
             The image, the maps, and (B, 1, D, H, W) bool: whether a voxel comes from inside the volume. Outside it both
             repeat their border.
         """
+        image, soft, inside = by_rows(self._apply_soft, (image, soft), params)
+        return image, soft, inside
+
+    def _apply(self, image: Tensor, params: Sequence[Params]) -> tuple[Tensor]:
+        for transform, drawn in zip(self.transforms, params, strict=True):
+            image = transform.apply(image, drawn)
+        return (image,)
+
+    def _apply_both(self, image: Tensor, label: Tensor, params: Sequence[Params]) -> tuple[Tensor, Tensor]:
+        for transform, drawn in zip(self.transforms, params, strict=True):
+            image, label = transform.apply_both(image, label, drawn)
+        return image, label
+
+    def _apply_soft(self, image: Tensor, soft: Tensor, params: Sequence[Params]) -> tuple[Tensor, Tensor, Tensor]:
         inside = torch.ones_like(image[:, :1], dtype=torch.uint8)
         for transform, drawn in zip(self.transforms, params, strict=True):
             if isinstance(transform, RandomSpatial):
