@@ -65,17 +65,16 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     )  # fmt: skip
     threads = max(1, available_cores() // at_once)
 
-    # scratch arms need no encoder, so they fill the cores while encoders are trained
-    first: list[PretrainConfig | FinetuneConfig] = []
-    second: list[PretrainConfig | FinetuneConfig] = []
-    encoders = {recipe.out for recipe in grid.encoders.values()}
-    for cell in grid.cells:
-        (second if cell.config.init in encoders else first).append(cell.config)
+    def task(each: PretrainConfig | FinetuneConfig) -> _Task:
+        return _Task(each, config.subjects, threads)
+
     log.info("%d encoders and %d fine-tunings, %d at a time.", len(grid.encoders), len(grid.cells), at_once)
-    problems = []
-    for configs in ([*grid.encoders.values(), *first], second):
-        tasks = [_Task(each, config.subjects, threads) for each in configs]
-        problems += _run(tasks, at_once)
+    # arms without a missing encoder fill the cores while encoders are trained
+    encoders = {recipe.out: task(recipe) for recipe in grid.encoders.values()}
+    missing = {out for out, encoder in encoders.items() if not _done(encoder)}
+    cells = [(cell.config.init in missing, task(cell.config)) for cell in grid.cells]
+    problems = _run([*encoders.values(), *(each for late, each in cells if not late)], at_once)
+    problems += _run([each for late, each in cells if late], at_once)
     if problems:
         raise MedclError(
             f"{len(problems)} of {len(grid.encoders) + len(grid.cells)} trainings failed: {problems[0]}", out,
