@@ -84,24 +84,37 @@ class SemiMethod(nn.Module, ABC):
     @torch.no_grad()
     def rows(self, image: Tensor, seed: Tensor, augmentation: Compose, spacing: Sequence[float]) -> Rows:
         """Unlabelled patches (N, 1, D, H, W) as the student is to see them, with what the teacher says of them."""
-        probabilities = torch.softmax(self.teacher.module(image).float(), dim=1)
+        target, weight = self.targets(torch.softmax(self.teacher.module(image).float(), dim=1))
         with torch.autocast(image.device.type, enabled=False):
             params = augmentation.draw(seed, image.shape, spacing)
-            image, probabilities, inside = augmentation.apply_soft(image, probabilities, params)
-        return Rows(image, *self.targets(probabilities, inside), seed, labelled=0)
+            if self.hard:
+                # as true labels move. Interpolated shares would lose a little at every convex end, and the teacher
+                # learns from its own labels over and over: structures would shrink (docs/results/semi.md)
+                marks = torch.cat([target, weight], dim=1).to(torch.uint8)
+                image, marks = augmentation.apply_both(image, marks, params)
+                target, weight = marks.float().split([target.shape[1], 1], dim=1)  # 0 outside the patch
+            else:
+                image, both, inside = augmentation.apply_soft(image, torch.cat([target, weight], dim=1), params)
+                target, weight = both.split([target.shape[1], 1], dim=1)
+                weight = weight * inside
+        return Rows(image, target, weight, seed, labelled=0)
 
     def weight(self, progress: float) -> float | None:
         """Weight of the unlabelled loss after this share of the steps; None before `start`, when nothing is read."""
         since = progress - self.options.start
         return None if since < 0 else self.options.weight * ramp_up(since, self.options.ramp)
 
+    @property
+    def hard(self) -> bool:
+        """Whether shares and weights are 0 or 1, and move as labels do; else they are interpolated."""
+        return False
+
     @abstractmethod
-    def targets(self, probabilities: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    def targets(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """What the student is to learn: shares of classes (N, K, D, H, W) and weights of voxels (N, 1, D, H, W).
 
         Args:
-            probabilities: of the teacher, moved with the augmented image.
-            inside: (N, 1, D, H, W) bool, whether a voxel comes from inside the patch.
+            probabilities: of the teacher, for the patch as it was read.
         """
 
     @abstractmethod

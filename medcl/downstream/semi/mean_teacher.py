@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from medcl.downstream.semi.base import SemiMethod, SemiOptions, Tensors
@@ -25,9 +26,9 @@ class MeanTeacher(SemiMethod):
 
     Options: ClassVar[type[SemiOptions]] = MeanTeacherOptions
 
-    def targets(self, probabilities: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's probabilities, wherever the patch was seen."""
-        return probabilities, inside.float()
+    def targets(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's probabilities."""
+        return probabilities, torch.ones_like(probabilities[:, :1])
 
     def loss(self, logits: Tensor, features: Tensor | None, rows: Rows) -> Tensors:
         """`loss` over the unlabelled rows."""

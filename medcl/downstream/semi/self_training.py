@@ -42,11 +42,15 @@ class SelfTraining(SemiMethod):
         super().check()
         self.need("threshold", 0 <= self.options.threshold < 1, "0 or more, below 1")
 
-    def targets(self, probabilities: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def hard(self) -> bool:
+        return bool(self.options.hard)
+
+    def targets(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """Pseudo-labels, and weight 1 where they are confident."""
         best, label = probabilities.max(dim=1, keepdim=True)
-        weight = (inside & (best >= self.options.threshold)).float()
-        return (shares(label, probabilities.shape[1]) if self.options.hard else probabilities), weight
+        weight = (best >= self.options.threshold).float()
+        return (shares(label, probabilities.shape[1]) if self.hard else probabilities), weight
 
     def loss(self, logits: Tensor, features: Tensor | None, rows: Rows) -> Tensors:
         """`loss` over the unlabelled rows, and `trusted`: the share of their voxels that count."""
