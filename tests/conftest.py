@@ -26,6 +26,21 @@ def phantoms(tmp_path_factory) -> Path:
     return write_phantoms(tmp_path_factory.mktemp("phantoms"), 12, shape=(28, 24, 24))
 
 
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, phantoms) -> Path:
+    """A pretraining and a fine-tuning from it: `pre` and `fine` in one folder."""
+    from small_runs import finetuning, pretraining
+
+    import medcl
+
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDCL_STORE", str(folder / "store"))
+        medcl.pretrain(pretraining(phantoms, folder / "pre"))
+        medcl.finetune(finetuning(phantoms, folder / "fine", init=str(folder / "pre")))
+    return folder
+
+
 def case_for(name: str, shape=(8, 8, 8), spacing=(1.0, 1.0, 1.0), label: bool = True, **more) -> Case:
     """A case without files, for what looks at headers only."""
     affine = np.diag([*spacing, 1.0])

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from small_runs import Killed, kill_at
 
 import medcl
 import medcl.data.crops
@@ -39,7 +40,6 @@ def network(classes: int = 3):
 @pytest.mark.parametrize("semi", METHODS)
 @pytest.mark.parametrize("mix", ["none", "cutmix"])
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, phantoms, monkeypatch, semi, mix):
-    from test_stages import Killed, kill_at
 
     settings = {"checkpoint_every": 2, "semi": semi, "mix": mix, "semi_options": {"start": 0.25}}
     whole = medcl.finetune(finetuning(phantoms, tmp_path / "whole", **settings))
@@ -247,7 +247,6 @@ def test_it_starts_from_pretrained_weights_too(tmp_path, phantoms):
 
 
 def test_core_tuning_beside_mixed_patches_resumes_bit_for_bit(tmp_path, phantoms, monkeypatch):
-    from test_stages import Killed, kill_at
 
     settings = {"checkpoint_every": 2, "core_tuning": 0.1, "mix": "mixup"}
     whole = medcl.finetune(finetuning(phantoms, tmp_path / "whole", **settings))

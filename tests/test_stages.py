@@ -1,4 +1,4 @@
-"""The stages end to end on a small phantom set: resume, transfer, prediction on the input's grid, export."""
+"""The stages end to end on a small phantom set: transfer, what is refused before training, export."""
 
 from __future__ import annotations
 
@@ -12,120 +12,27 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import SMALL, Killed, finetuning, pretraining
 
 import medcl
 import medcl.data.stage
 from medcl import (
-    EvaluateConfig,
     ExportConfig,
-    FinetuneConfig,
-    PredictConfig,
     PrepareConfig,
-    PretrainConfig,
-    ScanConfig,
 )  # fmt: skip
 from medcl.checkpoint import load_weights, rebuild
-from medcl.data.io import to_canonical
 from medcl.data.signature import subject_hash
-from medcl.downstream.predict import Predictor, predict_cases
-from medcl.downstream.segmentation import class_scores
 from medcl.errors import MedclError
 from medcl.run import read_metrics
 
-SMALL = {"hidden": 16, "embedding": 8, "crops": 2}
 
-
-def pretraining(source, out, **more) -> PretrainConfig:
-    return PretrainConfig(
-        str(source), str(out), **{"task": "voco", "steps": 6, "batch_size": 2, "width": 4, "options": SMALL, **more}
-    )
-
-
-def finetuning(source, out, **more) -> FinetuneConfig:
-    return FinetuneConfig(str(source), str(out), **{"steps": 4, "batch_size": 2, "labels": "2", "val_every": 2, **more})
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, phantoms):
-    """A pretraining and a fine-tuning from it."""
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEDCL_STORE", str(folder / "store"))
-        medcl.pretrain(pretraining(phantoms, folder / "pre"))
-        medcl.finetune(finetuning(phantoms, folder / "fine", init=str(folder / "pre")))
-    return folder
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(monkeypatch, step: int):
-    """Makes training die in the middle of a step, as a kill would."""
-    from medcl.training import SeedEveryStep
-
-    original = SeedEveryStep.on_train_batch_start
-
-    def start(self, trainer, module, *args):
-        original(self, trainer, module, *args)
-        if trainer.global_step == step:
-            raise Killed
-
-    monkeypatch.setattr(SeedEveryStep, "on_train_batch_start", start)
-
-
-@pytest.mark.parametrize("backbone", ["unet", "dynunet"])
-def test_a_killed_pretraining_resumes_bit_for_bit(tmp_path, phantoms, monkeypatch, backbone):
-    whole = medcl.pretrain(pretraining(phantoms, tmp_path / "whole", checkpoint_every=2, backbone=backbone))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 5)
-        medcl.pretrain(pretraining(phantoms, tmp_path / "cut", checkpoint_every=2, backbone=backbone))
-    assert not (tmp_path / "cut" / "weights").exists()
-    cut = medcl.pretrain(pretraining(phantoms, tmp_path / "cut", checkpoint_every=2, backbone=backbone, resume=True))
-    first, second = (load_weights(run)[1] for run in (whole, cut))
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-    assert read_metrics(whole) == read_metrics(cut)
-
-
-def test_a_killed_finetuning_resumes_bit_for_bit(tmp_path, phantoms, monkeypatch):
-    whole = medcl.finetune(finetuning(phantoms, tmp_path / "whole", width=4, checkpoint_every=2))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 3)
-        medcl.finetune(finetuning(phantoms, tmp_path / "cut", width=4, checkpoint_every=2))
-    cut = medcl.finetune(finetuning(phantoms, tmp_path / "cut", width=4, checkpoint_every=2, resume=True))
-    first, second = (load_weights(run)[1] for run in (whole, cut))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert read_metrics(whole) == read_metrics(cut)
-
-
-def test_a_resumed_run_goes_on_with_what_it_began_with_though_the_source_has_grown(tmp_path, phantoms, monkeypatch):
-    everyone = medcl.scan(ScanConfig(str(phantoms), str(tmp_path / "all.json")))
-    few = everyone.with_cases(everyone.cases[:9])
-    source = tmp_path / "source.json"
-    for begin, config in ((medcl.pretrain, pretraining), (medcl.finetune, finetuning)):
-        settings = {"width": 4, "checkpoint_every": 2}
-        few.save(source)
-        whole = begin(config(source, tmp_path / f"{begin.__name__}-whole", **settings))
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill_at(patch, 3)
-            begin(config(source, tmp_path / f"{begin.__name__}-cut", **settings))
-        everyone.save(source)
-        cut = begin(config(source, tmp_path / f"{begin.__name__}-cut", resume=True, **settings))
-        first, second = (load_weights(run)[1] for run in (whole, cut))
-        assert all(torch.equal(first[name], second[name]) for name in first)
-        for name in ("split.json", "plan.json", "manifest.json"):
-            assert (whole / name).read_text() == (cut / name).read_text(), name
-
-
-def test_equal_voxels_under_two_names_are_told_whatever_the_compression(tmp_path, phantoms, capsys):
+def test_equal_voxels_under_two_names_are_told_whatever_the_compression(tmp_path, phantoms, caplog):
     source = tmp_path / "scans"
     shutil.copytree(phantoms / "imagesTr", source)
     first = sorted(source.glob("*.nii.gz"))[0]
     nib.save(nib.load(first), source / "another.nii")
     medcl.prepare(PrepareConfig(str(source)))
-    told = capsys.readouterr().err
+    told = caplog.text
     assert "holds the same voxels as" in told and "another.nii" in told
 
 
@@ -137,13 +44,6 @@ def test_the_config_of_a_run_can_be_given_again(runs, tmp_path, phantoms):
     assert again.options == SMALL and again.out == str(tmp_path)
     with pytest.raises(MedclError, match="is the config of `medcl pretrain`"):
         parse("finetune", ["source"], "FinetuneConfig", [f"--config={path}"])
-
-
-def test_resuming_with_other_settings_is_refused(runs, phantoms):
-    with pytest.raises(MedclError, match="started with another lr"):
-        medcl.pretrain(pretraining(phantoms, runs / "pre", lr=0.5, resume=True))
-    with pytest.raises(MedclError, match="already holds a run"):
-        medcl.pretrain(pretraining(phantoms, runs / "pre"))
 
 
 def test_a_run_folder_holds_what_it_promises(runs):
@@ -229,97 +129,6 @@ def test_exported_weights_load_strictly_into_plain_monai(tmp_path, backbone, wid
     assert told["input"]["orientation"] == "RAS" and told["input"]["spacing"]
 
 
-class ThresholdPredictor(Predictor):
-    """Labels what is bright, so that the truth is known and only the geometry is on trial."""
-
-    def __call__(self, volume):
-        from medcl.data.io import from_canonical
-        from medcl.data.prepare import prepare_image
-
-        plan = dataclasses.replace(self.contract.plan, spacing=(1.2, 1.7, 2.1))
-        prepared = prepare_image(to_canonical(volume), plan)
-        bright = prepared.image > 0.5 * (prepared.image.max() + np.median(prepared.image))
-        scores = np.stack([~bright, bright]).astype(np.float32)
-        return from_canonical(prepared.restore(scores), volume.affine)
-
-
-@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SLA"])
-@pytest.mark.parametrize("oblique", [False, True])
-def test_a_prediction_lies_on_the_inputs_own_grid(runs, tmp_path, codes, oblique):
-    rng = np.random.default_rng(0)
-    shape = (40, 28, 22)
-    label = np.zeros(shape, dtype=np.uint8)
-    label[8:20, 6:16, 5:14] = 1
-    image = (rng.normal(100, 3, shape) + 300.0 * label).astype(np.float32)
-    affine = nib.orientations.inv_ornt_aff(
-        nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes)),
-        shape,
-    )
-    affine = np.diag([1.5, 2.0, 2.5, 1.0]) @ affine
-    if oblique:
-        a = np.deg2rad(20)
-        turn = np.array([[np.cos(a), -np.sin(a), 0, 5], [np.sin(a), np.cos(a), 0, -8], [0, 0, 1, 3], [0, 0, 0, 1]])
-        affine = turn @ affine
-    nib.save(nib.Nifti1Image(image, affine), tmp_path / "in.nii.gz")
-    from medcl.data.stage import load_source
-
-    manifest = load_source(str(tmp_path))
-    out = predict_cases(ThresholdPredictor(runs / "fine"), manifest, manifest.cases, tmp_path / "out")
-    found = nib.load(out / f"{manifest.cases[0].id}.nii.gz")
-    assert found.shape == shape
-    np.testing.assert_allclose(found.affine, affine, atol=1e-4)
-    voxels = np.asarray(found.dataobj)
-    assert 2 * (voxels * label).sum() / (voxels.sum() + label.sum()) > 0.9
-
-
-def test_a_real_predictor_writes_labels_of_the_data_set(runs, phantoms, tmp_path):
-    out = medcl.predict(PredictConfig(str(runs / "fine"), str(phantoms), str(tmp_path / "out"), subjects="test"))
-    files = sorted(out.glob("*.nii.gz"))
-    split = json.loads((runs / "fine" / "split.json").read_text())
-    assert [f.name.removesuffix(".nii.gz") for f in files] == sorted(split["test"])
-    image = nib.load(phantoms / "imagesTr" / files[0].name)
-    found = nib.load(files[0])
-    assert found.shape == image.shape and np.allclose(found.affine, image.affine, atol=1e-4)
-    assert set(np.unique(np.asarray(found.dataobj))) <= set(range(7))
-
-
-def test_sliding_window_scores_are_probabilities_and_pad_small_volumes():
-    class Identity(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(1))
-
-        def forward(self, x):
-            return torch.cat([x * 0, x * self.weight * 5], dim=1)
-
-    rng = np.random.default_rng(0)
-    for shape in ((20, 9, 14), (5, 6, 7)):
-        image = rng.normal(size=shape).astype(np.float32)
-        for mirror in (False, True):
-            scores = class_scores(Identity(), image, (8, 8, 8), precision="32-true", accelerator="cpu", mirror=mirror)
-            assert scores.shape == (2, *shape)
-            np.testing.assert_allclose(scores.sum(0), 1, atol=1e-5)
-            np.testing.assert_allclose(scores[1], 1 / (1 + np.exp(-5 * image)), atol=1e-4)
-
-
-def test_evaluating_a_run_predicts_its_test_subjects(runs):
-    result = medcl.evaluate(EvaluateConfig(str(runs / "fine")))
-    split = json.loads((runs / "fine" / "split.json").read_text())
-    assert len(list((runs / "fine" / "test").glob("*.nii.gz"))) == len(split["test"])
-    assert result and (runs / "fine" / "test" / "evaluation.csv").exists()
-
-
-def test_an_encoder_alone_cannot_predict(runs, phantoms, tmp_path):
-    with pytest.raises(MedclError, match="not a segmentation network"):
-        medcl.predict(PredictConfig(str(runs / "pre"), str(phantoms), str(tmp_path)))
-
-
-def test_one_volume_in_one_label_map_out(runs, phantoms, tmp_path):
-    path = sorted((phantoms / "imagesTr").glob("*.nii.gz"))[0]
-    out = medcl.predict(PredictConfig(str(runs / "fine"), str(path), str(tmp_path / "one")))
-    assert [f.name for f in out.iterdir()] == [path.name]
-
-
 def test_a_folder_with_two_labelled_subjects_trains_on_both(tmp_path, phantoms):
     manifest = medcl.data.stage.load_source(str(phantoms))
     few = [dataclasses.replace(c, label=c.label if i < 2 else None) for i, c in enumerate(manifest.cases)]
@@ -348,53 +157,6 @@ def test_bad_settings_fail_before_anything_is_written(phantoms, tmp_path, change
     with pytest.raises(MedclError, match=told):
         medcl.pretrain(pretraining(phantoms, tmp_path / "x", **change))
     assert not Path(tmp_path / "x").exists()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(phantoms, tmp_path, monkeypatch):
-    from medcl.pretext.voco import VoCo
-
-    original = VoCo.objective
-    calls = []
-
-    def broken(self, z, marks):
-        calls.append(1)
-        losses = original(self, z, marks)
-        return {**losses, "loss": losses["loss"] * float("nan")} if len(calls) > 6 else losses
-
-    monkeypatch.setattr(VoCo, "objective", broken)
-    with pytest.raises(MedclError, match="not finite"):
-        medcl.pretrain(pretraining(phantoms, tmp_path / "x"))
-
-
-def test_a_run_cut_off_before_its_first_checkpoint_can_be_resumed(tmp_path, phantoms, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 1)
-        medcl.pretrain(pretraining(phantoms, tmp_path / "cut"))
-    run = medcl.pretrain(pretraining(phantoms, tmp_path / "cut", resume=True))
-    assert read_metrics(run)[-1]["step"] == 6
-
-
-def test_an_interruption_comes_out_as_one_and_leaves_the_signal_alone(tmp_path, phantoms, monkeypatch):
-    import signal
-
-    from medcl.training import SeedEveryStep
-
-    def interrupt(self, trainer, module, *args):
-        raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(SeedEveryStep, "on_train_batch_start", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        medcl.pretrain(pretraining(phantoms, tmp_path / "x"))
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_scans_are_never_overwritten_by_predictions(runs, phantoms):
-    images = phantoms / "imagesTr"
-    before = {path: path.read_bytes() for path in images.iterdir()}
-    with pytest.raises(MedclError, match="holds the scans themselves"):
-        medcl.predict(PredictConfig(str(runs / "fine"), str(images), str(images)))
-    assert before == {path: path.read_bytes() for path in images.iterdir()}
 
 
 def test_another_split_than_pretrainings_is_refused(runs, phantoms, tmp_path):
