@@ -12,10 +12,7 @@ import torch
 
 import medcl
 import medcl.data.stage
-from medcl import (
-    EvaluateConfig,
-    PredictConfig,
-)  # fmt: skip
+from medcl import EvaluateConfig, PredictConfig
 from medcl.data.io import to_canonical
 from medcl.downstream.predict import Predictor, predict_cases
 from medcl.downstream.segmentation import class_scores

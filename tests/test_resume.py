@@ -8,9 +8,7 @@ from small_runs import Killed, finetuning, kill_at, pretraining
 
 import medcl
 import medcl.data.stage
-from medcl import (
-    ScanConfig,
-)  # fmt: skip
+from medcl import ScanConfig
 from medcl.checkpoint import load_weights
 from medcl.errors import MedclError
 from medcl.run import read_metrics

@@ -16,10 +16,7 @@ from small_runs import SMALL, Killed, finetuning, pretraining
 
 import medcl
 import medcl.data.stage
-from medcl import (
-    ExportConfig,
-    PrepareConfig,
-)  # fmt: skip
+from medcl import ExportConfig, PrepareConfig
 from medcl.checkpoint import load_weights, rebuild
 from medcl.data.signature import subject_hash
 from medcl.errors import MedclError
