@@ -24,6 +24,7 @@ from medcl.networks.ema import MomentumTeacher
 from medcl.transforms.compose import Compose
 
 Tensors = dict[str, Tensor]
+MEMORIES = 12  # how often the teacher's average, one after the other, goes into the steps of a training
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class SemiOptions:
 
     Attributes:
         weight: of the unlabelled loss.
-        momentum: of the teacher, which is also what is validated and kept.
+        momentum: of the teacher, which is also what is validated and kept; 0 averages over a twelfth of the steps.
         start: share of the steps that are supervised only.
         ramp: share of the steps, from `start` on, over which the weight rises.
         patches: unlabelled patches a step; 0 takes half as many as labelled ones.
     """
 
     weight: float = 1.0
-    momentum: float = 0.99
+    momentum: float = 0.0
     start: float = 0.0
     ramp: float = 0.4
     patches: int = 0
@@ -127,9 +128,12 @@ class SemiMethod(nn.Module, ABC):
             rows: what the student saw.
         """
 
-    def after_step(self, student: nn.Module, step: int) -> None:
+    def after_step(self, student: nn.Module, step: int, steps: int) -> None:
         """The teacher follows: a plain average at first, so that random beginnings are forgotten soon.
 
-        min(1 - 1 / (step + 1), momentum), as in the code of Tarvainen and Valpola (NeurIPS 2017).
+        min(1 - 1 / (step + 1), momentum), as in the code of Tarvainen and Valpola (NeurIPS 2017). How long the average
+        is goes by the schedule: one that is long is late, and with one that is short the teacher learns from itself so
+        often that its errors grow (docs/results/semi.md).
         """
-        self.teacher.update(student, min(1 - 1 / (step + 1), self.options.momentum))
+        momentum = self.options.momentum or 1 - 1 / max(steps / MEMORIES, 1)
+        self.teacher.update(student, min(1 - 1 / (step + 1), momentum))

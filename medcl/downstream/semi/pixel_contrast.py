@@ -35,6 +35,7 @@ class PixelContrastOptions(SelfTrainingOptions):
         background: whether the background takes part as a class.
     """
 
+    threshold: float = 0.8
     contrast: float = 0.1
     pseudo: float = 0.0
     temperature: float = 0.1

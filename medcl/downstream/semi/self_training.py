@@ -1,8 +1,8 @@
-"""Self-training: what the teacher is sure of is taken for a label.
+"""Self-training: what the teacher says is taken for a label.
 
 Pseudo-labels (Lee 2013) in the online form of FixMatch (Sohn et al., NeurIPS 2020): hard labels of the unaugmented
-patch teach the strongly augmented one, voxels below a confidence count nothing. Here a moving average of the student
-gives them, and Dice joins the cross-entropy.
+patch teach the strongly augmented one; if wanted, voxels below a confidence count nothing. Here a moving average of the
+student gives them, and Dice joins the cross-entropy.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from medcl.losses.segmentation import dice_ce, shares
 
 @dataclass(frozen=True)
 class SelfTrainingOptions(SemiOptions):
-    """Further settings, and a faster teacher: an average over some 20 steps, not 100 (docs/results/semi.md).
+    """Further settings.
 
     Attributes:
-        threshold: least probability of the likeliest class for a voxel to count.
+        threshold: least probability of the likeliest class for a voxel to count; 0 counts all. Above it the background
+            counts sooner than structures do, which shrink (docs/results/semi.md).
         hard: take the likeliest class for the label; else the probabilities.
     """
 
-    momentum: float = 0.95
     start: float = 0.25
     ramp: float = 0.25
-    threshold: float = 0.8
+    threshold: float = 0.0
     hard: bool = True
 
 
 class SelfTraining(SemiMethod):
-    """Dice and cross-entropy against confident pseudo-labels."""
+    """Dice and cross-entropy against pseudo-labels."""
 
     Options: ClassVar[type[SemiOptions]] = SelfTrainingOptions
 
