@@ -230,7 +230,7 @@ class FinetuneConfig:
     width: int = 0
     norm: str = ""
     spatial_dims: int = 0
-    steps: int = 400
+    steps: int = 1200
     batch_size: int = 4
     lr: float = 2e-3
     pretrained_lr: float = 1.0
