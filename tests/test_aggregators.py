@@ -148,7 +148,7 @@ def test_clam_tells_its_most_and_least_attended_instances_apart(multi_branch, su
         bag_terms.append(sum(class_terms) / len(class_terms))
     expected = sum(bag_terms) / 2
     target = torch.tensor(labels)
-    assert float(model.instance_loss(out, target, mask)) == pytest.approx(expected, abs=1e-5)
+    assert model.instance_loss(out, target, mask).item() == pytest.approx(expected, abs=1e-5)
     whole = 0.7 * float(F.cross_entropy(out.logits, target)) + 0.3 * expected
     assert float(model.loss(out, target, mask)) == pytest.approx(whole, abs=1e-5)
 
