@@ -17,7 +17,7 @@ SIZE = (12, 14, 10)
 
 @pytest.fixture
 def threads():
-    """Sets torch's threads, which the suite keeps at one."""
+    """Sets torch's threads for a while."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -33,6 +33,7 @@ def chain():
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_every_form_of_a_chain_is_what_one_thread_gives(threads, batch, count):
+    torch.manual_seed(batch)
     image, seeds = torch.randn(batch, 1, *SIZE), torch.arange(batch) + 7
     label, soft = (image > 0.5).to(torch.uint8), torch.rand(batch, 3, *SIZE)
 
@@ -54,9 +55,10 @@ def test_every_form_of_a_chain_is_what_one_thread_gives(threads, batch, count):
 
 def test_each_thread_has_a_share_and_one_core(threads):
     threads(3)
-    seen = []
+    seen, all_at_once = [], threading.Barrier(3)
 
     def call(image, params):
+        all_at_once.wait(10)
         seen.append((threading.get_ident(), torch.get_num_threads(), len(image)))
         return image + params[0]["shift"].reshape(-1, 1), image[:, :1]
 
@@ -64,13 +66,21 @@ def test_each_thread_has_a_share_and_one_core(threads):
     moved, first = by_rows(call, (torch.ones(7, 2),), [{"shift": shift}])
     assert torch.equal(moved, (shift + 1)[:, None].expand(7, 2)) and torch.equal(first, torch.ones(7, 1))
     assert sorted(share for _, _, share in seen) == [1, 3, 3]
-    assert all(cores == 1 and ident != threading.get_ident() for ident, cores, _ in seen)
+    assert len({ident for ident, _, _ in seen} - {threading.get_ident()}) == 3
+    assert [cores for _, cores, _ in seen] == [1, 1, 1]
     assert torch.get_num_threads() == 3
     later = []  # a thread that begins after them has not been left with one core
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     thread.start()
     thread.join()
     assert later == [3]
+
+
+def test_few_rows_have_several_cores_each(threads):
+    threads(5)
+    seen = []
+    by_rows(lambda image, params: seen.append(torch.get_num_threads()) or (image,), (torch.ones(2, 1),), [])
+    assert seen == [2, 2] and torch.get_num_threads() == 5
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -80,6 +90,14 @@ def test_the_caller_says_whether_gradients_are_kept(threads, mode):
     with mode():
         (out,) = by_rows(lambda image, params: (image * weight,), (torch.ones(4, 1),), [])
         assert out.requires_grad == torch.is_grad_enabled() and out.is_inference() == torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("low", [True, False])
+def test_the_caller_says_whether_numbers_are_short(threads, low):
+    threads(2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        (out,) = by_rows(lambda image, params: (image @ image,), (torch.ones(2, 3, 3),), [])
+    assert out.dtype == (torch.bfloat16 if low else torch.float32)
 
 
 def test_an_error_in_a_thread_reaches_the_caller(threads):
@@ -92,13 +110,14 @@ def test_an_error_in_a_thread_reaches_the_caller(threads):
 def test_a_forked_process_has_threads_of_its_own():
     """The parent's threads do not come along; waiting for them would never end."""
     program = """
-        import os, torch
+        import os, signal, torch
         from medcl.transforms.rows import by_rows
         torch.set_num_threads(2)
         share = lambda: by_rows(lambda image, params: (image + 1,), (torch.zeros(4, 1),), [])[0]
         share()
         child = os.fork()
         if child == 0:
+            signal.alarm(30)
             os._exit(0 if torch.equal(share(), torch.ones(4, 1)) else 1)
         raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """

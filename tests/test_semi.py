@@ -40,8 +40,8 @@ def network(classes: int = 3):
 @pytest.mark.parametrize("semi", METHODS)
 @pytest.mark.parametrize("mix", ["none", "cutmix"])
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, phantoms, monkeypatch, semi, mix):
-
-    settings = {"checkpoint_every": 2, "semi": semi, "mix": mix, "semi_options": {"start": 0.25}}
+    options = {"start": 0.25, "momentum": 0.6}
+    settings = {"checkpoint_every": 2, "semi": semi, "mix": mix, "semi_options": options}
     whole = medcl.finetune(finetuning(phantoms, tmp_path / "whole", **settings))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 3)
@@ -83,6 +83,7 @@ def test_the_teacher_is_kept_and_differs_from_the_student(tmp_path, phantoms):
     )
     contract, kept = load_weights(run)
     assert contract.step == 4 and contract.options["semi"] == "mean_teacher"
+    assert contract.options["semi_options"]["momentum"] == 0.6 and contract.options["semi_options"]["weight"] == 5.0
     state = torch.load(run / LAST, weights_only=True)["state_dict"]
     teacher = {k.removeprefix("semi.teacher.module.net."): v for k, v in state.items() if ".teacher." in k}
     student = {k.removeprefix("backbone.net."): v for k, v in state.items() if k.startswith("backbone.net.")}
@@ -131,6 +132,37 @@ def test_nothing_is_learnt_outside_the_patch(monkeypatch, semi):
     kept = rows.weight[0, 0] > 0
     assert kept.flatten(1).any(1).tolist() == [False] * 8 + [True] * 8 and kept[8:].all()
     assert (rows.target[0, 1][kept] == 1).all()
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_what_the_teacher_says_moves_with_the_voxels(monkeypatch, hard):
+    """Labels and holes where it is unsure, as a label map of the same places would; probabilities interpolated."""
+    method = build_method("self_training", network(), {"threshold": 0.6, "hard": hard})
+    torch.manual_seed(1)
+    p = torch.nn.functional.interpolate(torch.rand(2, 3, 4, 4, 4), (16, 16, 16)).softmax(1) ** 4
+    p = p / p.sum(1, keepdim=True)
+    says(method, monkeypatch, p)
+    image, seeds = torch.randn(2, 1, 16, 16, 16), torch.arange(2)
+    turn = Compose([RandomSpatial(40.0, (0.8, 1.2))])
+    rows = method.rows(image, seeds, turn, (1.0, 1.0, 1.0))
+    best, label = p.max(1, keepdim=True)
+    params = turn.draw(seeds, image.shape)
+    if hard:
+        _, moved = turn.apply_both(image, torch.where(best >= 0.6, label, 7), params)
+        _, inside = turn.apply_both(image, torch.ones_like(label), params)
+        sure = (moved != 7) & (inside > 0)
+        assert torch.equal(rows.weight > 0, sure) and 0 < sure.float().mean() < 1
+        assert torch.equal(rows.target.argmax(1, keepdim=True)[sure], moved[sure])
+        assert set(rows.weight.unique().tolist()) == {0, 1} == set(rows.target.unique().tolist())
+    else:
+        _, soft, inside = turn.apply_soft(image, torch.cat([p, (best >= 0.6).float()], 1), params)
+        torch.testing.assert_close(rows.target, soft[:, :3])
+        torch.testing.assert_close(rows.weight, soft[:, 3:] * inside)
+
+
+def test_what_counts_by_default():
+    assert build_method("self_training", network(), {}).options.threshold == 0
+    assert build_method("pixel_contrast", network(), {}).options.threshold == 0.8
 
 
 def test_a_structure_keeps_its_size_however_often_it_is_its_own_teacher(monkeypatch):

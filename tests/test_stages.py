@@ -20,16 +20,17 @@ from medcl import ExportConfig, PrepareConfig
 from medcl.checkpoint import load_weights, rebuild
 from medcl.data.signature import subject_hash
 from medcl.errors import MedclError
-from medcl.run import read_metrics
+from medcl.run import read_metrics, setup_log
 
 
-def test_equal_voxels_under_two_names_are_told_whatever_the_compression(tmp_path, phantoms, caplog):
+def test_equal_voxels_under_two_names_are_told_whatever_the_compression(tmp_path, phantoms, capsys):
     source = tmp_path / "scans"
     shutil.copytree(phantoms / "imagesTr", source)
     first = sorted(source.glob("*.nii.gz"))[0]
     nib.save(nib.load(first), source / "another.nii")
+    setup_log()
     medcl.prepare(PrepareConfig(str(source)))
-    told = caplog.text
+    told = capsys.readouterr().err
     assert "holds the same voxels as" in told and "another.nii" in told
 
 

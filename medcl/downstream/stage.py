@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from medcl.data.splits import begun_split, cases_of, draw_labelled, make_split
 from medcl.data.stage import describe, load_source, plan_for, prepare_all, tell_problems
 from medcl.data.store import read_meta
 from medcl.downstream.segmentation import SegmentationModule, Validate
+from medcl.downstream.semi.base import SemiMethod
 from medcl.downstream.semi.registry import build_method
 from medcl.errors import MedclError
 from medcl.files import write_json
@@ -141,7 +142,7 @@ def finetune(config: FinetuneConfig) -> Path:
     if config.compile:
         compile_network(backbone)
     module = SegmentationModule(backbone, dataset, config, augmentation, values, plan.spacing, given, semi, more)
-    done = contract_of(config, plan, backbone.spec, values, train + images)
+    done = contract_of(config, plan, backbone.spec, values, train + images, semi)
     validate = Validate(
         val, patch, config.val_every or max(1, config.steps // 10), precision, accelerator,
         keep=lambda step: None if led else save_weights(run, module.kept, replace(done, step=step)),
@@ -270,15 +271,17 @@ def choose_backbone(config: FinetuneConfig, contract: Contract | None, plan: Pla
 
 
 def contract_of(
-    config: FinetuneConfig, plan: Plan, spec: BackboneSpec, values: tuple[int, ...], train: list[Stored]
-) -> Contract:
+    config: FinetuneConfig, plan: Plan, spec: BackboneSpec, values: tuple[int, ...], train: list[Stored],
+    semi: SemiMethod | None,
+) -> Contract:  # fmt: skip
+    settings = {"semi_options": asdict(semi.options)} if semi else {}  # with the defaults of today
     return Contract(
         kind="segmentation",
         backbone=spec,
         plan=plan,
         trained=("encoder", "decoder", "head"),
         task="segmentation",
-        options={"init": config.init, "semi": config.semi},
+        options={"init": config.init, "semi": config.semi, **settings},
         label_values=values,
         source=str(Path(config.source).resolve()),
         volumes=tuple(sorted(read_meta(item.path)["voxel_hash"] for item in train)),

@@ -1,7 +1,7 @@
 """Samples of a batch side by side on a CPU's cores.
 
-Each sample is transformed by itself, so a core a share of the batch needs no waiting between one operation and the
-next: two cores make views a quarter faster so than by sharing every operation (docs/results/performance.md).
+Samples do not depend on each other, so each core takes some of them through the whole chain without waiting for the
+others: on two cores a quarter faster than sharing every operation (docs/results/performance.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from medcl.transforms.base import Params
 def by_rows(
     call: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor], params: Sequence[Params]
 ) -> tuple[Tensor, ...]:
-    """`call(*tensors, params)`, the rows shared out among as many threads as torch has on a CPU.
+    """`call(*tensors, params)`, the rows shared out among a CPU's cores, as many as torch uses.
 
     Args:
         call: works on every row by itself; gives tensors with leading dimension B.
@@ -31,35 +31,38 @@ def by_rows(
     Returns:
         What `call` returns, but for the order in which torch sums.
     """
-    batch, threads = len(tensors[0]), torch.get_num_threads()
-    if tensors[0].device.type != "cpu" or min(batch, threads) < 2:
+    batch, cores = len(tensors[0]), torch.get_num_threads()
+    if tensors[0].device.type != "cpu" or min(batch, cores) < 2:
         return call(*tensors, params)
+    threads = min(batch, cores)
     share = -(-batch // threads)
-    graph = torch.is_grad_enabled(), torch.is_inference_mode_enabled()  # each thread has these by itself
+    # each thread has these by itself
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    low, kind = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
     def one(start: int) -> tuple[Tensor, ...]:
         rows = slice(start, start + share)
-        with torch.inference_mode(graph[1]), torch.set_grad_enabled(graph[0]):
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad), torch.autocast("cpu", kind, low):
             return call(*(t[rows] for t in tensors), [{k: v[rows] for k, v in p.items()} for p in params])
 
-    parts = list(_threads(threads).map(one, range(0, batch, share)))
+    parts = list(_threads(threads, cores // threads).map(one, range(0, batch, share)))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-@functools.lru_cache(maxsize=1)
-def _threads(count: int) -> ThreadPoolExecutor:
-    """Threads in which torch uses one core each."""
-    started = Barrier(count)
+@functools.lru_cache(maxsize=8)
+def _threads(count: int, cores: int) -> ThreadPoolExecutor:
+    """Threads in which torch uses so many cores each."""
+    whole, started = torch.get_num_threads(), Barrier(count)
 
-    def alone() -> None:
+    def settle() -> None:
         torch.get_num_threads()  # the first of these calls in a thread takes the process's number, also later
-        torch.set_num_threads(1)
+        torch.set_num_threads(cores)
         started.wait()
 
     pool = ThreadPoolExecutor(count, "medcl-rows")
-    for done in [pool.submit(alone) for _ in range(count)]:
+    for done in [pool.submit(settle) for _ in range(count)]:
         done.result()
-    torch.set_num_threads(count)  # a thread's own setting is also what threads still to come begin with
+    torch.set_num_threads(whole)  # a thread's own setting is also what threads still to come begin with
     return pool
 
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from medcl.transforms.base import Range, Spacing
+from medcl.transforms.base import Params, Range, Spacing
 from medcl.transforms.compose import ViewIntensity, view_intensity
 from medcl.transforms.random import mix_seeds, name_key, uniform
+from medcl.transforms.rows import by_rows
 from medcl.transforms.spatial import RandomSpatial
 
 
@@ -62,12 +63,15 @@ class RandomView:
             raise ValueError(f"a view of {self.size} does not fit into a read of {shape}")
         own = mix_seeds(seeds, name_key("view"), view)
         params = self.spatial.draw(own, shape, self.spacing)
-        where = self.spatial.coordinates(params, shape, read.device)
-        moved = self.spatial.apply(read, params)
         room = torch.tensor([n - s for n, s in zip(shape, self.size, strict=True)])
         starts = torch.minimum((uniform(own, "view.start", 3) * (room + 1)).floor(), room).long()
-        image, where = cut_each(moved, starts, self.size), cut_each(where, starts, self.size)
+        image, where = by_rows(self._cut, (read, starts), [params])
         return (image if self.intensity is None else self.intensity(image, own)), where
+
+    def _cut(self, read: Tensor, starts: Tensor, params: Sequence[Params]) -> tuple[Tensor, Tensor]:
+        where = self.spatial.coordinates(params[0], read.shape[2:], read.device)
+        moved = self.spatial.apply(read, params[0])
+        return cut_each(moved, starts, self.size), cut_each(where, starts, self.size)
 
 
 def cut_each(volume: Tensor, starts: Tensor, size: Sequence[int]) -> Tensor:

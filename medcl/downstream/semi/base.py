@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from medcl.config import from_mapping
 from medcl.downstream.semi.rows import Rows
 from medcl.errors import MedclError
-from medcl.losses.segmentation import ramp_up
+from medcl.losses.segmentation import ramp_up, shares
 from medcl.networks.backbones import Backbone
 from medcl.networks.ema import MomentumTeacher
 from medcl.transforms.compose import Compose
 
 Tensors = dict[str, Tensor]
-MEMORIES = 12  # how often the teacher's average, one after the other, goes into the steps of a training
+MEMORIES = 12  # the teacher averages over the steps of a training divided by this
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class SemiMethod(nn.Module, ABC):
         with torch.autocast(image.device.type, enabled=False):
             params = augmentation.draw(seed, image.shape, spacing)
             if self.hard:
-                # as true labels move. Interpolated shares would lose a little at every convex end, and the teacher
-                # learns from its own labels over and over: structures would shrink (docs/results/semi.md)
-                marks = torch.cat([target, weight], dim=1).to(torch.uint8)
+                # as true labels move. Interpolated shares, made into labels afterwards, would lose a little of every
+                # convex end; the teacher learns from its own labels again, and structures wear off
+                marks = (target.argmax(1, keepdim=True) + 1) * weight.long()  # 0: does not count, as outside the patch
                 image, marks = augmentation.apply_both(image, marks, params)
-                target, weight = marks.float().split([target.shape[1], 1], dim=1)  # 0 outside the patch
+                target, weight = shares((marks - 1).clamp(min=0), target.shape[1]), (marks > 0).float()
             else:
                 image, both, inside = augmentation.apply_soft(image, torch.cat([target, weight], dim=1), params)
                 target, weight = both.split([target.shape[1], 1], dim=1)

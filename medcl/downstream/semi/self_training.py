@@ -22,8 +22,8 @@ class SelfTrainingOptions(SemiOptions):
     """Further settings.
 
     Attributes:
-        threshold: least probability of the likeliest class for a voxel to count; 0 counts all. Above it the background
-            counts sooner than structures do, which shrink (docs/results/semi.md).
+        threshold: least probability of the likeliest class for a voxel to count; 0 counts all. The higher, the more
+            of the structures is left out, and little of the background: they shrink (docs/results/semi.md).
         hard: take the likeliest class for the label; else the probabilities.
     """
 
