@@ -131,7 +131,7 @@ class SegmentationModule(RetrySmaller):
         super().optimizer_step(*args, **kwargs)
         # here and not in `on_train_batch_end`, which runs after the callbacks: a checkpoint must hold the new teacher
         if self.semi:
-            self.semi.after_step(self.backbone, self.trainer.global_step, self.config.steps)
+            self.semi.after_step(self.backbone, self.trainer.global_step)
 
     def configure_optimizers(self) -> Any:
         config = self.config
