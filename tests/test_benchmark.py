@@ -189,3 +189,25 @@ def test_a_run_of_an_older_version_stands_where_new_settings_are_at_their_defaul
 
 def test_it_can_be_called_from_python():
     assert medcl.benchmark.__name__ == "benchmark" and medcl.BenchmarkConfig is BenchmarkConfig
+
+
+def test_only_arms_whose_encoder_is_missing_wait_for_it(tmp_path, phantoms, monkeypatch):
+    import medcl.evaluation.benchmark as module
+
+    class Enough(Exception):
+        pass
+
+    rounds = []
+
+    def run(tasks, at_once):
+        rounds.append({Path(task.config.out).name for task in tasks})
+        if len(rounds) == 2:
+            raise Enough
+        return []
+
+    monkeypatch.setattr(module, "_run", run)
+    monkeypatch.setattr(module, "_done", lambda task: Path(task.config.out).name == "old")
+    arms = {"scratch": {}, "old": {"pretrain": {"steps": 2}}, "new": {"pretrain": {"steps": 3}}}
+    with pytest.raises(Enough):
+        medcl.benchmark(BenchmarkConfig(str(phantoms), str(tmp_path / "out"), arms, ["2"], draws=1))
+    assert rounds == [{"old", "new", "scratch-2-0", "old-2-0"}, {"new-2-0"}]
