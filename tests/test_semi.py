@@ -160,11 +160,6 @@ def test_what_the_teacher_says_moves_with_the_voxels(monkeypatch, hard):
         torch.testing.assert_close(rows.weight, soft[:, 3:] * inside)
 
 
-def test_what_counts_by_default():
-    assert build_method("self_training", network(), {}).options.threshold == 0
-    assert build_method("pixel_contrast", network(), {}).options.threshold == 0.8
-
-
 def test_a_structure_keeps_its_size_however_often_it_is_its_own_teacher(monkeypatch):
     """Each round moves the label by a random rotation and takes it for the next round's teacher.
 
@@ -228,18 +223,6 @@ def test_the_teacher_is_an_average_that_forgets_its_beginning():
         assert method.teacher.module.get_parameter(name).flatten()[0] == pytest.approx(wanted)
     # the first four steps are a plain mean
     assert wanted == pytest.approx(0.75 * (18 / 4) + 0.25 * 2)
-
-
-@pytest.mark.parametrize("step,share", [(2400, 0.995), (1200, 0.99), (24, 0.5), (5, 0.0)])
-def test_the_teachers_average_grows_with_the_training(step, share):
-    net = network()
-    method = build_method("self_training", net, {})
-    name = next(iter(dict(net.named_parameters())))
-    before = method.teacher.module.get_parameter(name).clone()
-    with torch.no_grad():
-        net.get_parameter(name).add_(1.0)
-    method.after_step(net, step)
-    torch.testing.assert_close(method.teacher.module.get_parameter(name), before + 1 - share)
 
 
 @pytest.mark.parametrize(

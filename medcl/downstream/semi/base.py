@@ -24,7 +24,6 @@ from medcl.networks.ema import MomentumTeacher
 from medcl.transforms.compose import Compose
 
 Tensors = dict[str, Tensor]
-MEMORY = 1 / 12  # the share of the steps so far over which the teacher averages
 
 
 @dataclass(frozen=True)
@@ -33,15 +32,14 @@ class SemiOptions:
 
     Attributes:
         weight: of the unlabelled loss.
-        momentum: of the teacher, which is also what is validated and kept; 0: an average over a twelfth of the steps so
-            far.
+        momentum: of the teacher, which is also what is validated and kept.
         start: share of the steps that are supervised only.
         ramp: share of the steps, from `start` on, over which the weight rises.
         patches: unlabelled patches a step; 0 takes half as many as labelled ones.
     """
 
     weight: float = 1.0
-    momentum: float = 0.0
+    momentum: float = 0.99
     start: float = 0.0
     ramp: float = 0.4
     patches: int = 0
@@ -132,9 +130,6 @@ class SemiMethod(nn.Module, ABC):
     def after_step(self, student: nn.Module, step: int) -> None:
         """The teacher follows: a plain average at first, so that random beginnings are forgotten soon.
 
-        min(1 - 1 / (step + 1), momentum), as in the code of Tarvainen and Valpola (NeurIPS 2017). By itself the average
-        grows with the training: one that is long is late while much is learnt, and with one that is short the teacher
-        learns from itself so often that its errors grow (docs/results/semi.md).
+        min(1 - 1 / (step + 1), momentum), as in the code of Tarvainen and Valpola (NeurIPS 2017).
         """
-        momentum = self.options.momentum or 1 - 1 / max(step * MEMORY, 1)
-        self.teacher.update(student, min(1 - 1 / (step + 1), momentum))
+        self.teacher.update(student, min(1 - 1 / (step + 1), self.options.momentum))

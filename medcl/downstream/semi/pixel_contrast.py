@@ -35,7 +35,6 @@ class PixelContrastOptions(SelfTrainingOptions):
         background: whether the background takes part as a class.
     """
 
-    threshold: float = 0.8
     contrast: float = 0.1
     pseudo: float = 0.0
     temperature: float = 0.1
