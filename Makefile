@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # each measures medcl and what a user would run instead turn by turn; --help of each tells more
 BENCHMARKS := crop_reads view_building pretrain_step prediction startup_scale mil_bags
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-gpu clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,12 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	for name in $(BENCHMARKS); do echo "== $$name"; OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$$name.py $(BENCH) || exit 1; done
+
+bench-gpu: $(VENV)/ready
+	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no GPU here')"
+	$(BIN)/python benchmarks/view_building.py --device cuda
+	$(BIN)/python benchmarks/pretrain_step.py --backbone swin_unetr --crop 96 --precision bf16
+	$(BIN)/python benchmarks/prediction.py
 
 clean:
 	rm -rf $(VENV)
