@@ -149,8 +149,8 @@ def test_clam_tells_its_most_and_least_attended_instances_apart(multi_branch, su
     expected = sum(bag_terms) / 2
     target = torch.tensor(labels)
     assert model.instance_loss(out, target, mask).item() == pytest.approx(expected, abs=1e-5)
-    whole = 0.7 * float(F.cross_entropy(out.logits, target)) + 0.3 * expected
-    assert float(model.loss(out, target, mask)) == pytest.approx(whole, abs=1e-5)
+    whole = 0.7 * F.cross_entropy(out.logits, target).item() + 0.3 * expected
+    assert model.loss(out, target, mask).item() == pytest.approx(whole, abs=1e-5)
 
 
 def test_dsmil_attends_to_what_resembles_its_best_instance():

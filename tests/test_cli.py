@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -140,7 +139,7 @@ def test_what_nobody_foresaw_is_still_one_line(monkeypatch, capsys):
     assert "ZeroDivisionError" in error and "--debug" in error and "\n" not in error
 
 
-def test_scan_then_pretrain_on_a_folder_with_bad_volumes(tmp_path, phantoms, capsys):
+def test_scan_then_pretrain_on_a_folder_with_bad_volumes(tmp_path, phantoms, capsys, monkeypatch):
     import shutil
 
     folder = tmp_path / "scans"
@@ -152,7 +151,7 @@ def test_scan_then_pretrain_on_a_folder_with_bad_volumes(tmp_path, phantoms, cap
     nib.save(nib.Nifti1Image(np.full((9, 9, 9), 3, np.int16), affine), folder / "constant.nii.gz")
     nib.save(nib.Nifti1Image(np.zeros((9, 9), np.int16), affine), folder / "flat.nii.gz")
     nib.save(nib.Nifti1Image(np.zeros((9, 9, 9, 2), np.int16), affine), folder / "fourd.nii.gz")
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["scan", str(folder), "--out", str(tmp_path / "m.json")]) == 0
     shown = capsys.readouterr().out
     for name in (files[0].name, files[1].name, "constant.nii.gz", "flat.nii.gz", "fourd.nii.gz"):
