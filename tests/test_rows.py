@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from medcl.transforms import Compose, RandomBlur, RandomGamma, RandomNoise, RandomSpatial
-from medcl.transforms.rows import by_rows
+from medcl.transforms.rows import _threads, by_rows
 
 SIZE = (12, 14, 10)
 
@@ -54,6 +54,7 @@ def test_every_form_of_a_chain_is_what_one_thread_gives(threads, batch, count):
 
 
 def test_each_thread_has_a_share_and_one_core(threads):
+    _threads.cache_clear()  # what begins the threads belongs to this test
     threads(3)
     seen, all_at_once = [], threading.Barrier(3)
 
