@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -14,9 +16,9 @@ class BenchmarkConfig:
         source: folder of labelled scans, or a manifest written by `medcl scan`.
         out: folder to write; what is there already is kept, and only what is missing is run.
         arms: what to compare, by name. `pretrain` of an arm holds options of `medcl pretrain` (`config: FILE` reads
-            them from a recipe first), or the name of the arm whose encoder it shares; an arm without it starts from
-            random weights. `finetune` holds what this arm alone does in fine-tuning; `labels` the numbers of labels it
-            is run at, if not all.
+            them from a recipe first, which is looked for where the command runs, then near the benchmark's own file),
+            or the name of the arm whose encoder it shares; an arm without it starts from random weights. `finetune`
+            holds what this arm alone does in fine-tuning; `labels` the numbers of labels it is run at, if not all.
         labels: numbers of labelled subjects; `all` takes every one of the training subjects.
         draws: draws of labelled subjects at each number; the draws of the numbers are nested.
         baseline: the arm that the others are compared with.
@@ -58,3 +60,23 @@ class BenchmarkConfig:
         # YAML reads 2 as a number; a number of labels is a name here, as `all` is
         object.__setattr__(self, "labels", [str(labels) for labels in self.labels])
         object.__setattr__(self, "by_labels", {str(labels): options for labels, options in self.by_labels.items()})
+
+
+def recipes_near(arms: Any, file: str | Path) -> Any:
+    """The arms of a benchmark's file, with recipes that are not where the command runs taken from beside the file.
+
+    `config: configs/x.yaml` in `/here/configs/b.yaml` is `/here/configs/x.yaml`, from wherever it is run.
+    """
+    folder = Path(file).resolve().parent
+
+    def near(arm: Any) -> Any:
+        recipe = arm.get("pretrain") if isinstance(arm, Mapping) else None
+        if not isinstance(recipe, Mapping) or not isinstance(recipe.get("config"), str):
+            return arm
+        name = recipe["config"]
+        found = [path for path in (Path(name), folder / name, folder.parent / name) if path.is_file()]
+        if not found or found[0] == Path(name):
+            return arm
+        return {**arm, "pretrain": {**recipe, "config": str(found[0])}}
+
+    return {key: near(arm) for key, arm in arms.items()} if isinstance(arms, Mapping) else arms

@@ -10,6 +10,7 @@ from typing import Any
 
 import medcl.config
 from medcl.config import from_mapping, nearest
+from medcl.config_benchmark import recipes_near
 from medcl.errors import MedclError
 
 
@@ -47,6 +48,9 @@ def parse(command: str, positional: Sequence[str], config_name: str, args: list[
     except Exception as error:  # jsonargparse and argparse raise several kinds
         raise MedclError(_tidy(str(error)), f"medcl {command}", f"See medcl {command} --help.") from None
     values = {k: _nested(v) if k == "options" else v for k, v in parsed.as_dict().items() if k in fields}
+    for flag in flags:
+        if flag.startswith("--config=") and "arms" in values:
+            values["arms"] = recipes_near(values["arms"], flag.split("=", 1)[1])
     return from_mapping(kind, values, f"medcl {command}")
 
 

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import medcl
-from medcl import BenchmarkConfig
 from medcl.data.case import Manifest
 from medcl.data.plan import derive_plan
 from medcl.data.splits import ranked
@@ -40,10 +39,9 @@ def protocol(manifest: Manifest) -> Manifest:
 
 
 def main(scans: str, out: Path, spacing: float, side: int, recipe: Path, on: str) -> None:
-    import yaml
-
     from medcl.data.stage import load_source
     from medcl.evaluation.efficiency import print_benchmark
+    from medcl.parsing import parse
     from medcl.report.benchmark import write_benchmark_report
 
     manifest = protocol(load_source(scans))
@@ -53,8 +51,9 @@ def main(scans: str, out: Path, spacing: float, side: int, recipe: Path, on: str
     side = min(side, min(plan.volume_size[:2])) // 16 * 16  # a multiple of the network's stride
     patch = (side, side, plan.patch_size[2])
     replace(plan.slicewise(), patch_size=patch).save(out / "slices.json")
-    config = BenchmarkConfig(str(out / "protocol.json"), str(out), **yaml.safe_load(recipe.read_text()))
-    result = medcl.benchmark(replace(config, plan=str(out / "slices.json"), subjects=on))
+    files = [str(recipe), str(out / "protocol.json"), f"--out={out}", f"--plan={out / 'slices.json'}"]
+    config = parse("benchmark", ("config", "source"), "BenchmarkConfig", [*files, f"--subjects={on}"])
+    result = medcl.benchmark(config)
     print_benchmark(result)
     print(f"Report: {write_benchmark_report(out, result)}")
 

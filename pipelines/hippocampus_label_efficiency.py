@@ -10,24 +10,21 @@ done is kept: run it again after a kill, or with more arms in the config.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import medcl
-from medcl import BenchmarkConfig
 from medcl.errors import tell_errors
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "benchmark_hippocampus.yaml"
 
 
 def main(scans: str, out: str, recipe: Path, on: str) -> None:
-    import yaml
-
     from medcl.evaluation.efficiency import print_benchmark
+    from medcl.parsing import parse
     from medcl.report.benchmark import write_benchmark_report
 
-    config = BenchmarkConfig(scans, out, **yaml.safe_load(recipe.read_text()))
-    result = medcl.benchmark(replace(config, subjects=on))
+    flags = [str(recipe), scans, f"--out={out}", f"--subjects={on}"]
+    result = medcl.benchmark(parse("benchmark", ("config", "source"), "BenchmarkConfig", flags))
     print_benchmark(result)
     print(f"Report: {write_benchmark_report(Path(out), result)}")
 

@@ -127,6 +127,27 @@ def test_a_broken_config_file_is_one_line(tmp_path, text):
         finetune("S", "--config", str(path))
 
 
+def test_a_benchmark_finds_its_recipes_from_anywhere(tmp_path, monkeypatch):
+    """What lies where the command runs comes first, then what lies beside the benchmark's file and one folder up."""
+    configs, here = tmp_path / "configs", tmp_path / "here"
+    configs.mkdir()
+    here.mkdir()
+    (configs / "task.yaml").write_text("task: voco\n")
+    named = "{config: configs/task.yaml, steps: 7}"
+    arms = f"{{a: {{pretrain: {named}}}, b: {{pretrain: {{config: task.yaml}}}}, c: {{pretrain: a}}, d: {{}}}}"
+    (configs / "b.yaml").write_text(f"arms: {arms}\n")
+    monkeypatch.chdir(here)
+
+    def recipes():
+        config = parse("benchmark", ("config", "source"), "BenchmarkConfig", [str(configs / "b.yaml"), "S", "--out=o"])
+        return config.arms["a"]["pretrain"], config.arms["b"]["pretrain"]["config"], config.arms["c"]["pretrain"]
+
+    beside = str(configs / "task.yaml")
+    assert recipes() == ({"config": beside, "steps": 7}, beside, "a")
+    (here / "task.yaml").write_text("task: mae\n")
+    assert recipes()[1] == "task.yaml"
+
+
 def test_debug_shows_the_traceback(tmp_path):
     answer = run("scan", str(tmp_path / "none"), "--debug")
     assert answer.returncode != 0 and "Traceback" in answer.stderr
