@@ -16,7 +16,7 @@ from medcl.cli import main
 from medcl.config import BenchmarkConfig, FinetuneConfig
 from medcl.data.signature import subject_hash
 from medcl.errors import MedclError
-from medcl.evaluation.efficiency import rows_by_key, summarise, table
+from medcl.evaluation.efficiency import rows_by_key, summarise, table, write_summary
 from medcl.evaluation.grid import make_grid
 from medcl.files import read_json
 from medcl.report.benchmark import write_benchmark_report
@@ -66,6 +66,11 @@ def test_an_arm_may_have_fewer_cells_and_semi_supervision_has_none_where_everyon
         ({"by_labels": {4: {"steps": 3}}}, "not among the labels"),
         ({"subjects": "train"}, "unknown subjects"),
         ({"draws": 0}, "nothing to run"),
+        ({"labels": [2, "2"]}, "stands there twice"),
+        ({"labels": ["two"]}, "no number of labelled subjects"),
+        ({"labels": [0]}, "no number of labelled subjects"),
+        ({"arms": {"scratch": {}, "b": {"labels": 2}}}, "is no list"),
+        ({"arms": {"scratch": {}, "b": {"finetune": None}}}, "not a list of `key: value`"),
     ],
 )
 def test_what_is_no_comparison_is_refused_in_one_line(options, said):
@@ -77,7 +82,7 @@ def test_what_is_no_comparison_is_refused_in_one_line(options, said):
 def scored(tmp_path):
     """A benchmark whose runs are made up: `voco` is better than scratch, `slow` as good as it."""
     manifest = make_data(tmp_path / "data", subjects=tuple("abcdefgh"), frames=2)
-    config = config_of(tmp_path / "out", labels=["1", "all"])
+    config = config_of(tmp_path / "out", labels=["1", "all"], draws=3)
     grid = make_grid(config)
     good = {"scratch": 0.3, "voco": 0.8, "slow": 0.3}
     for number, cell in enumerate(grid.cells):
@@ -115,19 +120,75 @@ def test_a_planted_difference_is_found_and_none_is_invented(scored):
     assert verdicts["voco", "1"] == verdicts["voco", "all"] == "ahead"
     assert verdicts["slow", "1"] == verdicts["slow", "all"] == "undecided"
     told = next(line for line in result["sentences"] if line.startswith("voco at 1 label:"))
-    assert "2 draws x 8 subjects: ahead of scratch" in told
+    assert "3 draws x 8 subjects: ahead of scratch" in told
 
 
-def test_one_draw_is_too_few_to_say(scored):
-    one = replace(scored[0], draws=1)
-    result = summarise(one, make_grid(one))
+def edit(run: Path, change) -> None:
+    """Changes the rows of a run's scores; a row for which `change` gives None is taken out."""
+    path = run / "test" / "evaluation.csv"
+    with open(path, newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    kept = [new for line in lines if (new := change(dict(line))) is not None]
+    with open(path, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, lines[0].keys())
+        writer.writeheader()
+        writer.writerows(kept)
+
+
+def entry_of(result, arm, labels):
+    return next(e for e in result["entries"] if (e["arm"], e["labels"]) == (arm, labels))
+
+
+def test_a_class_counts_only_where_both_arms_have_a_value(scored):
+    """Where the reference lacks a class, predicting none of it has no value; inventing some of it has 0."""
+    config, grid = scored
+
+    def blank(row):
+        return {**row, "dice": ""} if row["class"] == "2" and row["subject"] == "a" else row
+
+    def nought(row):
+        return {**row, "dice": "0"} if row["class"] == "2" and row["subject"] == "a" else row
+
+    for run in grid.runs("scratch", "1"):
+        edit(run, blank)
+    before = entry_of(summarise(config, grid), "voco", "1")["difference"]["estimate"]
+    for run in grid.runs("voco", "1"):
+        edit(run, nought)
+    after = entry_of(summarise(config, grid), "voco", "1")["difference"]["estimate"]
+    assert before == pytest.approx(after)
+
+
+@pytest.mark.parametrize("arm", ["scratch", "voco"])
+def test_a_case_that_was_not_scored_is_left_out_of_both_arms_and_told(arm, scored):
+    config, grid = scored
+    edit(grid.runs(arm, "1")[0], lambda row: None if row["subject"] == "c" else row)
+    result = summarise(config, grid)
+    assert entry_of(result, "voco", "1")["difference"]["n_subjects"] == 7
+    assert entry_of(result, "voco", "all")["difference"]["n_subjects"] == 8
+    (warning,) = result["warnings"]
+    assert warning.startswith(f"{arm} at 1 label, draw 0: 2 cases not scored, such as c_0")
+
+
+def test_a_baseline_without_any_overlap_is_no_error(scored):
+    config, grid = scored
+    for run in grid.runs("scratch", "all"):
+        edit(run, lambda row: {**row, "dice": "0"})
+    result = summarise(config, grid)
+    assert {entry["share_of_all"] for entry in result["entries"]} == {None}
+    write_summary(Path(config.out), result, rows_by_key(config, grid))
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_few_draws_are_too_few_to_say(draws, scored):
+    few = replace(scored[0], draws=draws)
+    result = summarise(few, make_grid(few))
     assert {e["verdict"] for e in result["entries"] if "verdict" in e} == {"few draws"}
 
 
 def test_a_row_for_every_subject_class_arm_number_and_draw(scored):
     config, grid = scored
     rows = rows_by_key(config, grid)
-    assert len(rows) == 3 * 2 * 2 and all(len(of_cell) == 8 * 2 * 2 for _, of_cell in rows)
+    assert len(rows) == 3 * 2 * 3 and all(len(of_cell) == 8 * 2 * 2 for _, of_cell in rows)
 
 
 def test_the_page_shows_the_table_and_both_figures(scored):
@@ -176,6 +237,8 @@ def test_a_benchmark_by_one_command_goes_on_where_it_stopped(tmp_path, phantoms,
 
     recipe.write_text(text.replace("steps: 2,", "steps: 4,"))
     assert main(call) == 2 and "was run with another steps" in capsys.readouterr().err
+    call[2] = str(tmp_path)
+    assert main(call) == 2 and f"holds a benchmark of {phantoms}" in capsys.readouterr().err
 
 
 def test_a_run_of_an_older_version_stands_where_new_settings_are_at_their_defaults(tmp_path):
@@ -211,3 +274,26 @@ def test_only_arms_whose_encoder_is_missing_wait_for_it(tmp_path, phantoms, monk
     with pytest.raises(Enough):
         medcl.benchmark(BenchmarkConfig(str(phantoms), str(tmp_path / "out"), arms, ["2"], draws=1))
     assert rounds == [{"old", "new", "scratch-2-0", "old-2-0"}, {"new-2-0"}]
+
+
+def test_an_error_that_nobody_foresaw_ends_one_training_only(tmp_path, monkeypatch, capsys):
+    import medcl.evaluation.benchmark as module
+
+    def steps(task, run):
+        if run.name == "bad":
+            raise ValueError("who\nknows")
+        return "done"
+
+    monkeypatch.setattr(module, "_steps", steps)
+    tasks = [module._Task(FinetuneConfig("s", str(tmp_path / name)), "test", 1) for name in ("bad", "good")]
+    assert module._run(tasks, 1) == [f"{tmp_path / 'bad'}: ValueError: who knows"]
+    assert "good: done" in capsys.readouterr().err
+    assert "Traceback" in (tmp_path / "bad" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n"])
+def test_a_recipe_that_is_no_recipe_is_told_by_its_file(text, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(MedclError, match=r"recipe\.yaml"):
+        make_grid(config_of(arms={"scratch": {}, "b": {"pretrain": {"config": str(path)}}}))

@@ -185,11 +185,11 @@ def test_mean_over_classes_leaves_out_what_has_no_score():
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Eight test subjects, two draws, a good arm and a poor one."""
+    """Eight test subjects, three draws, a good arm and a poor one."""
     root = tmp_path_factory.mktemp("study")
     data = make_data(root / "data", list("abcdefgh"))
-    good = [make_run(root / f"good{d}", data, draw=d, init="runs/voco", good=0.9, seed=1) for d in range(2)]
-    poor = [make_run(root / f"poor{d}", data, draw=d, good=0.1, seed=2) for d in range(2)]
+    good = [make_run(root / f"good{d}", data, draw=d, init="runs/voco", good=0.9, seed=1) for d in range(3)]
+    poor = [make_run(root / f"poor{d}", data, draw=d, good=0.1, seed=2) for d in range(3)]
     return data, good, poor
 
 
@@ -197,10 +197,12 @@ def test_comparison_finds_the_better_arm_and_writes_its_files(study, tmp_path, c
     _, good, poor = study
     result = compare(good, poor[::-1], tmp_path)  # the order of runs means nothing
     assert result["sentence"].startswith("pretrained is ahead of scratch by +") and result["verdict"] == "ahead"
-    assert result["sentence"].endswith("2 draws x 8 subjects") and result["draws"] == [0, 1] and result["labels"] == "2"
+    assert (
+        result["sentence"].endswith("3 draws x 8 subjects") and result["draws"] == [0, 1, 2] and result["labels"] == "2"
+    )
     assert result["warnings"] == []
     assert json.loads((tmp_path / "compare.json").read_text()) == result
-    assert len((tmp_path / "compare.csv").read_text().splitlines()) == 1 + 2 * 8 * 2
+    assert len((tmp_path / "compare.csv").read_text().splitlines()) == 1 + 3 * 8 * 2
     mean = result["metrics"]["dice"]["mean"]
     assert mean["first"]["estimate"] - mean["second"]["estimate"] == pytest.approx(mean["estimate"])
     assert np.mean([row["difference"] for row in result["subjects"]]) == pytest.approx(mean["estimate"])
@@ -228,9 +230,10 @@ def test_an_arm_against_itself_cannot_be_told_apart(study, tmp_path):
     assert result["warnings"] == ["both arms name the same initialisation"]
 
 
-def test_one_draw_is_said_to_be_too_few(study, tmp_path):
+@pytest.mark.parametrize("draws", [1, 2])
+def test_few_draws_are_said_to_be_too_few(draws, study, tmp_path):
     _, good, poor = study
-    assert compare(good[:1], poor[:1], tmp_path)["sentence"].startswith("one draw of labelled subjects is too few")
+    assert compare(good[:draws], poor[:draws], tmp_path)["sentence"].startswith("too few draws of labelled subjects")
 
 
 def edit(run: Path, name: str, **changes) -> None:

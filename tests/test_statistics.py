@@ -12,6 +12,7 @@ from scipy import stats
 from medcl.evaluation.statistics import (
     PairedDifference,
     bootstrap_mean,
+    degrees_of_freedom,
     holm,
     paired_difference,
     sign_flip_p,
@@ -41,18 +42,38 @@ def test_interval_covers_the_truth_as_often_as_it_says(n, skewed):
     assert 0.915 <= covered / trials <= 0.985
 
 
-def test_interval_over_draws_covers_the_truth_of_other_draws():
-    rng, trials, truth = np.random.default_rng(2), 300, 0.02
+@pytest.mark.parametrize("draws", [2, 3, 5])
+@pytest.mark.parametrize(
+    ("spread", "least"),  # standard deviation over draws, over subjects and of what is left
+    [((1, 1, 1), 0.9), ((1, 0.3, 0.5), 0.9), ((0, 1, 0.3), 0.93)],
+    ids=["all alike", "draws differ most", "draws do not differ"],
+)
+def test_interval_over_draws_covers_the_truth_of_other_draws(draws, spread, least):
+    """Two draws come short by a little, which is why a verdict needs three."""
+    rng, trials, truth = np.random.default_rng(2), 300, 0.5
     both = subjects_only = 0
     for trial in range(trials):
-        table = truth + rng.normal(0, 0.01, (5, 1)) + rng.normal(0, 0.02, (1, 30)) + rng.normal(0, 0.02, (5, 30))
-        values, subjects, draws = rows(table)
-        interval = bootstrap_mean(values, subjects, draws, seed=trial, samples=1000)
+        shapes = ((draws, 1), (1, 30), (draws, 30))
+        table = truth + sum(rng.normal(0, sd, shape) for sd, shape in zip(spread, shapes, strict=True))
+        values, subjects, of = rows(table)
+        interval = bootstrap_mean(values, subjects, of, seed=trial, samples=400)
         both += interval.low <= truth <= interval.high
-        naive = bootstrap_mean(values, subjects, seed=trial, samples=1000)  # pretends the draws were the only ones
+        naive = bootstrap_mean(values, subjects, seed=trial, samples=400)  # pretends the draws were the only ones
         subjects_only += naive.low <= truth <= naive.high
-    assert both / trials >= 0.90
-    assert subjects_only / trials < 0.85
+    assert least - (0.06 if draws == 2 else 0) <= both / trials <= 0.985
+    if spread[0]:
+        assert subjects_only / trials < 0.8
+
+
+def test_degrees_of_freedom_are_those_of_what_varies():
+    rng = np.random.default_rng(0)
+    over_draws, over_subjects = rng.normal(size=(3, 1)), rng.normal(size=(1, 30))
+    flat = np.zeros((3, 30))
+    assert degrees_of_freedom(flat + over_draws) == pytest.approx(2)
+    assert degrees_of_freedom(flat + over_subjects) == pytest.approx(29)
+    assert 2 < degrees_of_freedom(over_draws + over_subjects) < 31
+    same = bootstrap_mean(*rows(flat + 0.7))
+    assert (same.low, same.high) == pytest.approx((0.7, 0.7))
 
 
 def test_interval_of_many_normal_values_is_the_textbook_one():
@@ -186,7 +207,8 @@ CLEAR = 0.02 + NOISE - NOISE.mean()
         (-CLEAR, "hd95", "pretrained is ahead of scratch by -0.02 mm HD95 ["),
         (NOISE - NOISE.mean(), "dice", "pretrained cannot be told apart from scratch: the difference is "),
         (CLEAR[:, :5], "dice", "too few test subjects to conclude (at least 6 needed): pretrained minus scratch is "),
-        (CLEAR[:1], "dice", "one draw of labelled subjects is too few to conclude: "),
+        (CLEAR[:1], "dice", "too few draws of labelled subjects to conclude (at least 3 needed): "),
+        (CLEAR[:2], "dice", "too few draws of labelled subjects to conclude (at least 3 needed): "),
         (np.full((3, 4), np.nan), "dice", "pretrained and scratch share no test subject"),
     ],
 )

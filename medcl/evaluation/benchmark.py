@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from medcl.errors import MedclError
 from medcl.evaluation.efficiency import rows_by_key, summarise, write_summary
 from medcl.evaluation.grid import make_grid
 from medcl.precision import choose_precision, keep_precision, name_of
-from medcl.run import follow_log, log, setup_log, stands, write_config, write_provenance
+from medcl.run import follow_log, log, read_config, setup_log, stands, write_config, write_provenance
 from medcl.training import choose_accelerator, hours
 
 ON_A_GPU = 4  # trainings at a time
@@ -50,6 +51,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     setup_log()
     make_grid(config)  # refuses before anything is read
     out = Path(config.out)
+    _same_scans(config)
     write_config(out, "benchmark", config)
     follow_log(out / "log.txt")
     accelerator = choose_accelerator(config.accelerator)
@@ -85,6 +87,17 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     write_provenance(out, began, accelerator=accelerator)
     log.info("Benchmark in %s after %s.", out, hours(time.monotonic() - began))
     return result
+
+
+def _same_scans(config: BenchmarkConfig) -> None:
+    """Refuses other scans than those of what is already in the folder, or their numbers would stand under a new name."""
+    out = Path(config.out)
+    if not (out / "config.yaml").exists():
+        return
+    before = read_config(out)
+    where = {str(Path(str(source)).resolve()) for source in (before.get("source"), config.source)}
+    if len(where) > 1 or before.get("channel") != config.channel:
+        raise MedclError(f"holds a benchmark of {before.get('source')}", out, "Choose another --out.")
 
 
 def _manifest(config: BenchmarkConfig) -> str:
@@ -146,6 +159,13 @@ def _train(task: _Task) -> str:
     except MedclError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         return str(error)
+    except Exception as error:  # foreseen by nobody, and the other trainings go on all the same
+        run.mkdir(parents=True, exist_ok=True)
+        with open(run / "log.txt", "a", encoding="utf-8") as stream:
+            stream.write(traceback.format_exc())
+        line = f"{run}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        print(line, file=sys.stderr, flush=True)
+        return line
     print(f"{name}: {told} after {hours(time.monotonic() - began)}", file=sys.stderr, flush=True)
     return ""
 

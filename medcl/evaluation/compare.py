@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from medcl.evaluation import statistics
-from medcl.evaluation.evaluate import Row, mean_over_classes
+from medcl.evaluation.evaluate import Row
 from medcl.evaluation.metrics import MEASURES
-from medcl.evaluation.pairing import Arm, load_arm, pair_runs, row_key
+from medcl.evaluation.pairing import Arm, load_arm, pair_runs, paired_means, row_key
 from medcl.evaluation.statistics import Interval, PairedDifference, bootstrap_mean, holm, paired_difference
 from medcl.files import write_json, write_text
 
@@ -63,7 +63,7 @@ def compare(
     """
     pairs = pair_runs([load_arm(run) for run in runs], [load_arm(run) for run in baseline])
     joined = [row for first, second in pairs for row in _join(first, second)]
-    overall = _join_means(pairs)
+    overall = [{"draw": a.draw, **row} for a, b in pairs for row in paired_means(a.rows, b.rows)]
     classes = {row["class"]: row["name"] for row in joined}
     first_arm = pairs[0][0]
     metrics, primary = {}, _paired(overall, PRIMARY, seed, samples)
@@ -91,7 +91,7 @@ def compare(
         "subjects": _per_subject(overall),
         "cases": _per_case(overall),
         "schedule": {key: value for key, value in first_arm.config.items() if key not in _MAY_DIFFER},
-        "how": _how(names, first_arm.labels),
+        "how": _how(names, first_arm.labels, len(pairs)),
     }
     write_text(Path(out) / "compare.csv", _to_csv(joined))
     write_json(Path(out) / "compare.json", result)
@@ -142,23 +142,6 @@ def _join(first: Arm, second: Arm) -> list[Row]:
         {"draw": first.draw, **row, **{f"{metric}_baseline": other[row_key(row)][metric] for metric in MEASURES}}
         for row in first.rows
     ]
-
-
-def _join_means(pairs: Sequence[tuple[Arm, Arm]]) -> list[Row]:
-    """Means over classes, paired; per class a pair counts only where both arms have a value."""
-    rows = []
-    for first, second in pairs:
-        other = {row["case"]: row for row in mean_over_classes(_both(second, first))}
-        for row in mean_over_classes(_both(first, second)):
-            values = {f"{metric}_baseline": other[row["case"]][metric] for metric in MEASURES}
-            rows.append({"draw": first.draw, **row, **values})
-    return rows
-
-
-def _both(arm: Arm, partner: Arm) -> list[Row]:
-    """The arm's rows with a metric blanked where the partner has none: means over unlike classes are not comparable."""
-    other = {row_key(row): row for row in partner.rows}
-    return [{**row, **{m: math.nan for m in MEASURES if math.isnan(other[row_key(row)][m])}} for row in arm.rows]
 
 
 def _paired(rows: Sequence[Row], metric: str, seed: int, samples: int) -> PairedDifference:
@@ -234,11 +217,11 @@ def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> set[str]:
     return {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
 
 
-def _how(names: tuple[str, str], labels: Any) -> list[str]:
+def _how(names: tuple[str, str], labels: Any, draws: int) -> list[str]:
     return [
         f"Both arms were fine-tuned on the same draws of {labels} labelled subjects and tested on the same subjects.",
         "The difference is the mean over test subjects, each with the mean over its cases and over draws.",
-        f"Interval: 95 % {statistics.METHOD}; draws are resampled as well, crossed with subjects.",
+        f"Interval: 95 %, {statistics.METHOD_OVER_DRAWS if draws > 1 else statistics.METHOD}.",
         "p: two-sided sign-flip permutation test over subjects, for these draws; per class corrected by Holm's rule "
         "over the classes of a metric.",
         "d_z: mean over standard deviation of the subjects' differences.",

@@ -13,8 +13,10 @@ from medcl.config import BenchmarkConfig
 from medcl.evaluation.evaluate import Row, mean_over_classes, read_scores
 from medcl.evaluation.grid import Cell, Grid
 from medcl.evaluation.metrics import MEASURES
+from medcl.evaluation.pairing import paired_means
 from medcl.evaluation.statistics import (
     METHOD,
+    METHOD_OVER_DRAWS,
     MIN_DRAWS,
     MIN_SUBJECTS,
     Interval,
@@ -41,26 +43,27 @@ def summarise(config: BenchmarkConfig, grid: Grid) -> dict[str, Any]:
     The p-values are corrected by Holm's rule over all arms and numbers of labels together.
     """
     numbers = sorted(config.labels, key=lambda n: math.inf if n == "all" else int(n))  # in whatever order they ran
-    rows = {
-        (arm, labels): [
-            {**row, "draw": draw}
-            for draw, run in enumerate(grid.runs(arm, labels))
-            for row in mean_over_classes(read_scores(run / config.subjects / "evaluation.csv"))
-        ]
+    scores = {
+        (arm, labels): [read_scores(run / config.subjects / "evaluation.csv") for run in grid.runs(arm, labels)]
         for arm in config.arms
         for labels in numbers
         if grid.runs(arm, labels)
     }
+    rows = {
+        key: [{**row, "draw": draw} for draw, scored in enumerate(runs) for row in mean_over_classes(scored)]
+        for key, runs in scores.items()
+    }
     others = [key for key in rows if key[0] != config.baseline]
-    paired = {key: _paired(rows[key], rows[config.baseline, key[1]]) for key in others}
+    paired = {key: _paired(scores[key], scores[config.baseline, key[1]]) for key in others}
     corrected = dict(zip(others, holm([paired[key].p for key in others]), strict=True))
     ceiling = _mean(rows[config.baseline, "all"]).estimate if "all" in config.labels else math.nan
+    ceiling = ceiling if ceiling > 0 else math.nan
     entries = []
     for (arm, labels), of_cell in rows.items():
         interval = _mean(of_cell)
         entry: dict[str, Any] = {
             "arm": arm, "labels": labels, "dice": interval.to_dict(), "per_draw": _per_draw(of_cell),
-            "share_of_all": None if math.isnan(ceiling) else interval.estimate / ceiling,
+            "share_of_all": None if math.isnan(share := interval.estimate / ceiling) else share,
         }  # fmt: skip
         if (arm, labels) in paired:
             difference, p = paired[arm, labels], corrected[arm, labels]
@@ -77,7 +80,7 @@ def summarise(config: BenchmarkConfig, grid: Grid) -> dict[str, Any]:
         "draws": config.draws,
         "entries": entries,
         "sentences": [entry["sentence"] for entry in entries if "sentence" in entry],
-        "warnings": _stamps(config, grid),
+        "warnings": [*_stamps(config, grid), *_gaps(scores, config.baseline)],
         "how": how(config),
     }
 
@@ -90,6 +93,21 @@ def _stamps(config: BenchmarkConfig, grid: Grid) -> list[str]:
         lines = read_json(path).get("leakage", ()) if path.exists() else ()
         found.update({(cell.arm, line): None for line in lines})
     return [f"{arm}: {line}" for arm, line in found]
+
+
+def _gaps(scores: Mapping[tuple[str, str], Sequence[Sequence[Row]]], baseline: str) -> list[str]:
+    """Which cells lack cases that others have: a volume that could not be predicted, for one."""
+    every = {row["case"] for runs in scores.values() for rows in runs for row in rows}
+    lines = []
+    for (arm, labels), runs in scores.items():
+        for draw, rows in enumerate(runs):
+            lacking = sorted(every - {row["case"] for row in rows})
+            if lacking:
+                lines.append(
+                    f"{arm} at {told_labels(labels)}, draw {draw}: {counted(len(lacking), 'case')} not scored, such as "
+                    f"{lacking[0]}; differences are over the subjects that an arm and {baseline} both have"
+                )
+    return lines
 
 
 def sentence(arm: str, labels: str, difference: PairedDifference, p: float, baseline: str) -> str:
@@ -117,7 +135,7 @@ def how(config: BenchmarkConfig) -> list[str]:
         f"Scored are the {scored}: no training, no pretraining and, for test subjects, no choice has seen them.",
         "Every arm has the same nested draws of labelled subjects, augmentation, schedule and choice of checkpoint by "
         "the validation subjects; arms differ in where they start from and in what `arms` lists.",
-        f"Interval: 95 % {METHOD}; draws are resampled as well, crossed with subjects.",
+        f"Interval: 95 %, {METHOD_OVER_DRAWS}; where there is one draw, {METHOD}.",
         "p: two-sided sign-flip permutation test over subjects, each with its mean over draws, corrected by Holm's "
         "rule over all arms and numbers of labels. It speaks of these draws, the interval of other draws too.",
         "One pretraining an arm: how much another seed of it would change is in no interval.",
@@ -157,6 +175,8 @@ def print_benchmark(result: Mapping[str, Any]) -> None:
     if not console.is_terminal:  # a log file is as wide as the table
         console = Console(width=WIDTH)
     console.print(drawn)
+    for warning in result["warnings"]:
+        console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     for line in result["sentences"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -207,17 +227,21 @@ def _mean(rows: Sequence[Row]) -> Interval:
     return bootstrap_mean([r[METRIC] for r in rows], [r["subject"] for r in rows], [r["draw"] for r in rows])
 
 
-def _per_draw(rows: Sequence[Row]) -> list[float]:
-    """Mean over subjects, draw by draw."""
+def _per_draw(rows: Sequence[Row]) -> list[float | None]:
+    """Mean over subjects, draw by draw; None where there is no value."""
     draws = sorted({row["draw"] for row in rows})
     by_draw = [[row for row in rows if row["draw"] == draw] for draw in draws]
-    return [bootstrap_mean([r[METRIC] for r in of], [r["subject"] for r in of], samples=1).estimate for of in by_draw]
+    means = [bootstrap_mean([r[METRIC] for r in of], [r["subject"] for r in of], samples=1) for of in by_draw]
+    return [mean.to_dict()["estimate"] for mean in means]
 
 
-def _paired(rows: Sequence[Row], baseline: Sequence[Row]) -> PairedDifference:
-    other = {(row["draw"], row["case"]): row[METRIC] for row in baseline}
-    pairs = [(row, other[row["draw"], row["case"]]) for row in rows]
+def _paired(runs: Sequence[Sequence[Row]], baseline: Sequence[Sequence[Row]]) -> PairedDifference:
+    rows = [
+        {**row, "draw": draw}
+        for draw, (ours, theirs) in enumerate(zip(runs, baseline, strict=True))
+        for row in paired_means(ours, theirs)
+    ]
     return paired_difference(
-        [row[METRIC] for row, _ in pairs], [value for _, value in pairs],
-        [row["subject"] for row, _ in pairs], [row["draw"] for row, _ in pairs],
+        [row[METRIC] for row in rows], [row[f"{METRIC}_baseline"] for row in rows],
+        [row["subject"] for row in rows], [row["draw"] for row in rows],
     )  # fmt: skip

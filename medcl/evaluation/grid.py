@@ -98,6 +98,11 @@ def _check(config: BenchmarkConfig) -> None:
         raise MedclError(f"{config.baseline!r} is no arm", "baseline", nearest(config.baseline, config.arms))
     if config.draws < 1 or not config.labels:
         raise MedclError("nothing to run", "draws, labels", "Give at least one of each.")
+    for labels in config.labels:
+        if labels != "all" and not (labels.isdecimal() and int(labels) > 0):
+            raise MedclError(f"{labels!r} is no number of labelled subjects", "labels", "Give 1 or more, or all.")
+    if len(set(config.labels)) < len(config.labels):
+        raise MedclError("the same number stands there twice", "labels", "Name each once; `draws` repeats them.")
     if config.subjects not in ("test", "val"):
         raise MedclError(f"unknown subjects {config.subjects!r}", "subjects", "Use test, or val to choose recipes by.")
     if config.parallel < 0:
@@ -114,6 +119,10 @@ def _check(config: BenchmarkConfig) -> None:
         for key in arm:
             if key not in KEYS:
                 raise MedclError(f"unknown key {key!r}", where, nearest(key, KEYS))
+        if not isinstance(arm.get("finetune", {}), Mapping):
+            raise MedclError("is not a list of `key: value` lines", f"{where}.finetune", "Leave it out for no options.")
+        if not isinstance(arm.get("labels", []), list):
+            raise MedclError("is no list", f"{where}.labels", "Write it as [1, 2].")
         if name == config.baseline and "labels" in arm:
             raise MedclError("the baseline is run at every number of labels", where, "Leave out `labels`.")
         if set(map(str, arm.get("labels", ()))) - set(config.labels):
@@ -140,6 +149,10 @@ def _recipe(options: Mapping[str, Any], where: str) -> dict[str, Any]:
         base = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise MedclError(f"cannot be read ({error.strerror})", file, f"Check `config` in {where}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MedclError(f"is not YAML ({' '.join(str(error).split())[:120]})", file, "Mend it.") from None
+    if not isinstance(base, dict):
+        raise MedclError("is not a list of `key: value` lines", file, "See configs/ for examples.")
     return _free({**base, **values}, where)
 
 
@@ -157,8 +170,3 @@ def _init(name: str, recipe: Any, encoders: Mapping[str, PretrainConfig]) -> str
     if source not in encoders:
         raise MedclError(f"{source!r} is no arm with a pretraining", f"arms.{name}.pretrain", nearest(source, encoders))
     return encoders[source].out
-
-
-def own_options() -> set[str]:
-    """Options of `medcl finetune` in which arms may differ, besides where they start from."""
-    return {field.name for field in dataclasses.fields(FinetuneConfig)} & set(OWN)

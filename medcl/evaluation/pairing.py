@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medcl.errors import MedclError
-from medcl.evaluation.evaluate import Row, read_scores
+from medcl.evaluation.evaluate import Row, mean_over_classes, read_scores
+from medcl.evaluation.metrics import MEASURES
 from medcl.files import read_json
 from medcl.run import read_config
 
@@ -120,6 +122,25 @@ def _by_draw(arms: Sequence[Arm]) -> dict[Any, Arm]:
 def _not_paired(first: Arm, other: Arm, what: str) -> MedclError:
     remedy = "Fine-tune both on the same data with the same --labels, --draw and split, and score both anew."
     return MedclError(f"has {what} than {other.run}, so they cannot be compared in pairs", first.run, remedy)
+
+
+def paired_means(first: Sequence[Row], second: Sequence[Row]) -> list[Row]:
+    """Means over classes of the cases that both have: every metric, and the other's as `<metric>_baseline`.
+
+    A class counts only where both have a value: means over unlike classes are not comparable. (Of a class that the
+    reference lacks, an arm that predicts nothing has no value, and one that invents a voxel has 0.)
+    """
+    ours, theirs = ({row_key(row): row for row in rows} for rows in (first, second))
+    shared = [key for key in ours if key in theirs]
+    other = {row["case"]: row for row in mean_over_classes(_blanked(theirs[key], ours[key]) for key in shared)}
+    return [
+        {**row, **{f"{metric}_baseline": other[row["case"]][metric] for metric in MEASURES}}
+        for row in mean_over_classes(_blanked(ours[key], theirs[key]) for key in shared)
+    ]
+
+
+def _blanked(row: Row, partner: Row) -> Row:
+    return {**row, **{metric: math.nan for metric in MEASURES if math.isnan(partner[metric])}}
 
 
 def row_key(row: Row) -> tuple[str, str, int]:

@@ -95,7 +95,7 @@ def probe(backbone: Backbone, data: ProbeData, device: torch.device | str = "cpu
         patch that each class fills, from its pooled features. All are means over left-out subjects' rows. The volume
         scores need three subjects.
     """
-    training = backbone.training
+    modes = {module: module.training for module in backbone.modules()}  # a task may hold parts of it in eval
     backbone.eval()
     voxel, volume = [], []
     for image, places in zip(data.images, data.voxels, strict=True):
@@ -106,7 +106,8 @@ def probe(backbone: Backbone, data: ProbeData, device: torch.device | str = "cpu
         ]
         voxel.append(torch.cat(rows, dim=1).cpu())
         volume.append(pooled_pyramid(features)[0].float().cpu())
-    backbone.train(training)
+    for module, training in modes.items():
+        module.training = training
     owner = torch.cat([torch.full((len(c),), int(s)) for c, s in zip(data.classes, data.subject, strict=True)])
     x, y = torch.cat(voxel), torch.cat(data.classes)
     hits: dict[str, Tensor] = {}

@@ -1,10 +1,13 @@
 """Intervals and paired tests that respect who was measured: subjects are resampled, never cases or voxels.
 
-One interval throughout, `METHOD`: a percentile bootstrap with the two known small-sample biases removed. It draws
-n - 1 of n subjects with replacement, which makes the bootstrap variance of a mean unbiased (McCarthy and Snowden 1985),
-and it takes the percentiles at Student's t instead of the normal tails (Hesterberg 2015, arXiv:1411.5279).
-Where a study repeats the draw of labelled subjects, draws and test subjects are crossed (every draw is tested on every
-subject), so both are resampled, independently (Owen 2007, arXiv:0712.1111).
+`METHOD`, where draws play no part: a percentile bootstrap with the two known small-sample biases removed. It draws n - 1
+of n subjects with replacement, which makes the bootstrap variance of a mean unbiased (McCarthy and Snowden 1985), and it
+takes the percentiles at Student's t instead of the normal tails (Hesterberg 2015, arXiv:1411.5279).
+
+`METHOD_OVER_DRAWS`, where a study repeats the draw of labelled subjects: draws and test subjects are crossed (every draw
+is tested on every subject), so both are resampled, independently (Owen 2007, arXiv:0712.1111). Percentiles of that cannot
+leave the range of two or three draws and would cover far too seldom, so only the standard error is taken from it, times
+Student's t with the degrees of freedom that draws and subjects leave together (Satterthwaite 1946).
 """
 
 from __future__ import annotations
@@ -21,8 +24,12 @@ from scipy import stats
 from medcl.evaluation.metrics import MEASURES, Measure
 
 METHOD = "percentile bootstrap over subjects (n-1 of n drawn, Student-t tails)"
+METHOD_OVER_DRAWS = (
+    "standard error by a bootstrap over draws crossed with subjects, times Student's t with Satterthwaite's degrees of "
+    "freedom"
+)
 MIN_SUBJECTS = 6  # with 5, no sign-flip test can reach p < 0.05 (2 / 2^5 = 0.0625)
-MIN_DRAWS = 2
+MIN_DRAWS = 3  # the spread of two draws says next to nothing of other draws
 _EXACT_UP_TO = 13  # subjects: 8,192 sign patterns are listed in full, beyond that they are sampled
 _BLOCK = 2_000_000  # random numbers held at once
 
@@ -108,7 +115,7 @@ class PairedDifference:
         if verdict == "few subjects":
             return f"too few test subjects to conclude (at least {MIN_SUBJECTS} needed): {a} minus {b} is {numbers}"
         if verdict == "few draws":
-            return f"one draw of labelled subjects is too few to conclude: {a} minus {b} is {numbers}"
+            return f"too few draws of labelled subjects to conclude (at least {MIN_DRAWS} needed): {a} minus {b} is {numbers}"
         if verdict == "undecided":
             return f"{a} cannot be told apart from {b}: the difference is {numbers}"
         return f"{a} is {'ahead of' if verdict == 'ahead' else 'behind'} {b} by {numbers}"
@@ -131,7 +138,7 @@ def bootstrap_mean(
     samples: int = 10_000,
     level: float = 0.95,
 ) -> Interval:
-    """Mean over subjects with a cluster-bootstrap interval (`METHOD`).
+    """Mean over subjects with a cluster-bootstrap interval (`METHOD`, or `METHOD_OVER_DRAWS` where there are draws).
 
     The cases of a subject are averaged first, so each subject counts once however often it was scanned. NaN values are
     left out; a subject with no value in one of the draws is left out whole, and counted.
@@ -276,20 +283,40 @@ def _interval(table: Floats, excluded: int, seed: int, samples: int, level: floa
     n_draws, n = table.shape
     if n == 0:
         return Interval(float("nan"), float("nan"), float("nan"), 0, n_draws, excluded, level)
-    low = high = float("nan")
+    mean, low, high = float(table.mean()), float("nan"), float("nan")
     if n > 1:
         rng = np.random.default_rng(seed)
-        means = []
-        for size in _blocks(samples, n + n_draws):
-            over_subjects = rng.multinomial(n - 1, np.full(n, 1 / n), size=size) / (n - 1)
-            if n_draws > 1:
-                over_draws = rng.multinomial(n_draws - 1, np.full(n_draws, 1 / n_draws), size=size) / (n_draws - 1)
-                means.append(np.einsum("sn,sn->s", over_draws @ table, over_subjects))
-            else:
-                means.append(over_subjects @ table[0])
-        tail = float(stats.norm.cdf(stats.t.ppf((1 - level) / 2, n - 1)))
-        low, high = (float(end) for end in np.quantile(np.concatenate(means), [tail, 1 - tail]))
-    return Interval(float(table.mean()), low, high, n, n_draws, excluded, level)
+        means = np.concatenate([_resampled(table, size, rng) for size in _blocks(samples, n + n_draws)])
+        if n_draws > 1:
+            half = float(means.std()) * float(stats.t.ppf((1 + level) / 2, degrees_of_freedom(table)))
+            low, high = mean - half, mean + half
+        else:
+            tail = float(stats.norm.cdf(stats.t.ppf((1 - level) / 2, n - 1)))
+            low, high = (float(end) for end in np.quantile(means, [tail, 1 - tail]))
+    return Interval(mean, low, high, n, n_draws, excluded, level)
+
+
+def _resampled(table: Floats, size: int, rng: np.random.Generator) -> Floats:
+    """Means of `size` resampled tables: n - 1 of the n subjects, and of the draws where there are several."""
+    n_draws, n = table.shape
+    over_subjects = rng.multinomial(n - 1, np.full(n, 1 / n), size=size) / (n - 1)
+    if n_draws == 1:
+        return over_subjects @ table[0]
+    over_draws = rng.multinomial(n_draws - 1, np.full(n_draws, 1 / n_draws), size=size) / (n_draws - 1)
+    return np.einsum("sn,sn->s", over_draws @ table, over_subjects)
+
+
+def degrees_of_freedom(table: ArrayLike) -> float:
+    """Of the standard error of the mean of a table `(draws, subjects)`, two or more of each, by Satterthwaite's rule.
+
+    The variances of the mean over draws and over subjects, each with the degrees of freedom it was estimated by: few
+    where the draws differ, nearly those of the subjects where they do not.
+    """
+    values = np.asarray(table, dtype=np.float64)
+    n_draws, n = values.shape
+    parts = [(values.mean(1).var(ddof=1) / n_draws, n_draws - 1), (values.mean(0).var(ddof=1) / n, n - 1)]
+    below = sum(float(part) ** 2 / df for part, df in parts)
+    return float(sum(part for part, _ in parts)) ** 2 / below if below > 0 else float(n_draws - 1)
 
 
 def _blocks(samples: int, width: int) -> Iterator[int]:

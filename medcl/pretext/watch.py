@@ -180,7 +180,7 @@ class Watch(pl.Callback):
 
     def summary(self) -> str | None:
         """One line for the end of the log."""
-        if self.first_rank is None:
+        if self.first_rank is None or not self.losses:  # no losses: resumed when all steps were done
             return None
         loss = statistics.median(float(loss) for loss in self.losses)
         lines = {name: statistics.median(values) for name, values in self.trivial.items()}
