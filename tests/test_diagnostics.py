@@ -193,6 +193,11 @@ def test_the_probe_finds_what_the_image_shows_and_no_more():
     data = ProbeData(torch.stack(images), tuple(voxels), tuple(classes), shares, torch.arange(4))
     assert probe(backbone, data)["probe_voxel_linear"] > 0.9
     shuffled = tuple(c[torch.randperm(len(c))] for c in classes)
+    backbone.train()
+    frozen = next(module for module in backbone.modules() if not list(module.children())).eval()
+    probe(backbone, data)
+    assert backbone.training and not frozen.training  # a task may hold parts of it in eval
+
     chance = probe(backbone, ProbeData(data.images, data.voxels, shuffled, shares, data.subject))
     assert chance["probe_voxel_linear"] < 0.65 and chance["probe_voxel_knn"] < 0.65
 

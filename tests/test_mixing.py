@@ -41,6 +41,18 @@ def test_label_weight_and_image_of_a_cutmix_are_cut_along_the_same_box(labelled,
     assert changed > 0
 
 
+def test_a_pasted_pseudo_label_weighs_what_pseudo_labels_are_trusted_so_far():
+    """Into labelled rows, whose loss does not ramp up; unlabelled rows, whose loss does, keep their weights."""
+    before = rows(4, 2)
+    whole, half, none = (before.mix("cutmix", trust).weight for trust in (1.0, 0.5, 0.0))
+    pasted = whole[:4] == 0.25
+    assert pasted.any() and (half[:4][pasted] == 0.125).all() and (none[:4][pasted] == 0).all()
+    assert (half[:4][~pasted] == 1).all() and (none[:4][~pasted] == 1).all()
+    assert torch.equal(half[4:], whole[4:]) and torch.equal(none[4:], whole[4:])
+    alone = rows(4, 0)
+    assert torch.equal(alone.mix("cutmix", 0.0).weight, alone.weight)
+
+
 def test_labelled_and_unlabelled_rows_are_each_others_partners():
     assert partners(4, 2).tolist() == [4, 5, 4, 5, 0, 1]
     assert partners(3, 0).tolist() == [1, 2, 0] and partners(0, 2).tolist() == [1, 0]

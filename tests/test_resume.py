@@ -11,6 +11,7 @@ import medcl.data.stage
 from medcl import ScanConfig
 from medcl.checkpoint import load_weights
 from medcl.errors import MedclError
+from medcl.losses.diagnostics import RankMemory
 from medcl.run import read_metrics
 
 
@@ -27,6 +28,22 @@ def test_a_killed_pretraining_resumes_bit_for_bit(tmp_path, phantoms, monkeypatc
     for name in first:
         assert torch.equal(first[name], second[name]), name
     assert read_metrics(whole) == read_metrics(cut)
+
+
+def test_a_pretraining_killed_after_its_last_step_is_finished(tmp_path, phantoms, monkeypatch):
+    monkeypatch.setattr(RankMemory.__init__, "__defaults__", (4,))  # so few steps tell a rank
+    whole = medcl.pretrain(pretraining(phantoms, tmp_path / "whole"))
+
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("medcl.pretext.stage.save_seen", killed)
+        medcl.pretrain(pretraining(phantoms, tmp_path / "cut", checkpoint_every=2))
+    assert not (tmp_path / "cut" / "weights").exists()
+    cut = medcl.pretrain(pretraining(phantoms, tmp_path / "cut", checkpoint_every=2, resume=True))
+    first, second = (load_weights(run)[1] for run in (whole, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_killed_finetuning_resumes_bit_for_bit(tmp_path, phantoms, monkeypatch):

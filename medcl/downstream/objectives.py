@@ -67,7 +67,10 @@ class Plain:
         return self.model.aggregator.loss(out, batch.labels, batch.mask, self.weight)
 
     def share(self, part: Tensor, whole: Tensor) -> float:
-        """What the labels of a part of a batch count in the mean over the whole."""
+        """What the labels of a part of a batch count in the mean over the whole.
+
+        Every aggregator's loss is a mean over bags, sum(w l) / sum(w) with the weights w of their labels.
+        """
         if self.weight is None:
             return len(part) / len(whole)
         return float(self.weight[part].sum() / self.weight[whole].sum())

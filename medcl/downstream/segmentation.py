@@ -104,13 +104,14 @@ class SegmentationModule(RetrySmaller):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         rows = self.labelled_rows(batch["labelled"])
         n = rows.labelled
-        weight = self.semi.weight(self.trainer.global_step / self.config.steps) if self.semi else None
+        progress = self.trainer.global_step / self.config.steps
+        weight = self.semi.weight(progress) if self.semi else None
         if self.semi and weight is not None:
             assert self.augmentation is not None
             more = batch["unlabelled"]
             rows = rows.with_unlabelled(self.semi.rows(more["image"], more["seed"], self.augmentation, self.spacing))
         if self.config.mix != "none":
-            rows = rows.mix(self.config.mix)
+            rows = rows.mix(self.config.mix, self.semi.trust(progress) if self.semi and weight is not None else 1.0)
         if self.core or (self.semi and weight is not None and self.semi.reads_features):
             logits, features = self.backbone.forward_with_features(rows.image)
         else:

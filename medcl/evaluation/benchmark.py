@@ -90,7 +90,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
 
 
 def _same_scans(config: BenchmarkConfig) -> None:
-    """Refuses other scans than those of what is already in the folder, or their numbers would stand under a new name."""
+    """Refuses other scans than those of what is already there, or their numbers would stand under a new name."""
     out = Path(config.out)
     if not (out / "config.yaml").exists():
         return

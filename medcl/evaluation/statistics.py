@@ -1,13 +1,13 @@
 """Intervals and paired tests that respect who was measured: subjects are resampled, never cases or voxels.
 
-`METHOD`, where draws play no part: a percentile bootstrap with the two known small-sample biases removed. It draws n - 1
-of n subjects with replacement, which makes the bootstrap variance of a mean unbiased (McCarthy and Snowden 1985), and it
-takes the percentiles at Student's t instead of the normal tails (Hesterberg 2015, arXiv:1411.5279).
+`METHOD`, where draws play no part: a percentile bootstrap with the two known small-sample biases removed. It draws
+n - 1 of n subjects with replacement, which makes the bootstrap variance of a mean unbiased (McCarthy and Snowden 1985),
+and it takes the percentiles at Student's t instead of the normal tails (Hesterberg 2015, arXiv:1411.5279).
 
-`METHOD_OVER_DRAWS`, where a study repeats the draw of labelled subjects: draws and test subjects are crossed (every draw
-is tested on every subject), so both are resampled, independently (Owen 2007, arXiv:0712.1111). Percentiles of that cannot
-leave the range of two or three draws and would cover far too seldom, so only the standard error is taken from it, times
-Student's t with the degrees of freedom that draws and subjects leave together (Satterthwaite 1946).
+`METHOD_OVER_DRAWS`, where a study repeats the draw of labelled subjects: draws and test subjects are crossed (every
+draw is tested on every subject), so both are resampled, independently (Owen 2007, arXiv:0712.1111). Percentiles of that
+cannot leave the range of two or three draws and would cover far too seldom, so only the standard error is taken from
+it, times Student's t with the degrees of freedom that draws and subjects leave together (Satterthwaite 1946).
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ class PairedDifference:
         if verdict == "few subjects":
             return f"too few test subjects to conclude (at least {MIN_SUBJECTS} needed): {a} minus {b} is {numbers}"
         if verdict == "few draws":
-            return f"too few draws of labelled subjects to conclude (at least {MIN_DRAWS} needed): {a} minus {b} is {numbers}"
+            few = f"too few draws of labelled subjects to conclude (at least {MIN_DRAWS} needed)"
+            return f"{few}: {a} minus {b} is {numbers}"
         if verdict == "undecided":
             return f"{a} cannot be told apart from {b}: the difference is {numbers}"
         return f"{a} is {'ahead of' if verdict == 'ahead' else 'behind'} {b} by {numbers}"

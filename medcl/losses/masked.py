@@ -27,13 +27,6 @@ def to_blocks(volume: Tensor, block: Triple) -> Tensor:
     return pieces.reshape(b, p * q * r, c * i * j * k)
 
 
-def from_blocks(blocks: Tensor, block: Triple, size: Triple) -> Tensor:
-    """Puts blocks (B, N, C * voxels of a block) together to (B, C, *size): the inverse of `to_blocks`."""
-    b = len(blocks)
-    (p, q, r), (i, j, k) = (n // s for n, s in zip(size, block, strict=True)), block
-    return blocks.reshape(b, p, q, r, -1, i, j, k).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(b, -1, *size)
-
-
 def chosen_blocks(volume: Tensor, block: Triple, which: Tensor) -> Tensor:
     """The blocks numbered `which` (B, K) of (B, C, D, H, W): (B, K, C * voxels of a block)."""
     blocks = to_blocks(volume, block)

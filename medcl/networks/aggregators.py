@@ -138,10 +138,13 @@ class CLAM(Aggregator):
 
     def loss(self, bagged: Bagged, labels: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
         bag = super().loss(bagged, labels, mask, weight)
-        return self.bag_weight * bag + (1 - self.bag_weight) * self.instance_loss(bagged, labels, mask)
+        return self.bag_weight * bag + (1 - self.bag_weight) * self.instance_loss(bagged, labels, mask, weight)
 
-    def instance_loss(self, bagged: Bagged, labels: Tensor, mask: Tensor) -> Tensor:
-        """Mean over bags of the cross-entropy of the k most attended instances as 1 and the k least attended as 0."""
+    def instance_loss(self, bagged: Bagged, labels: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Mean over bags of the cross-entropy of the k most attended instances as 1 and the k least attended as 0.
+
+        With class weights (C,) a bag counts by the weight of its label.
+        """
         attention, embedded = bagged.extra["attention"].detach(), bagged.extra["embedded"]
         terms = []
         for b, label in enumerate(labels.tolist()):
@@ -161,7 +164,8 @@ class CLAM(Aggregator):
                     chosen, target = top, torch.zeros(k, dtype=torch.long, device=labels.device)
                 losses.append(F.cross_entropy(classifier(embedded[b, chosen]).float(), target))
             terms.append(torch.stack(losses).mean())
-        return torch.stack(terms).mean()
+        each = torch.stack(terms)
+        return each.mean() if weight is None else (each * weight[labels]).sum() / weight[labels].sum()
 
 
 class DSMIL(Aggregator):
@@ -192,7 +196,8 @@ class DSMIL(Aggregator):
 
     def loss(self, bagged: Bagged, labels: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
         target = F.one_hot(labels, self.classes).float()
-        share = None if weight is None else weight[labels][:, None]
+        # by their mean, for a weighted mean over bags as of `F.cross_entropy`, which a batch in parts adds up to
+        share = None if weight is None else (weight[labels] / weight[labels].mean())[:, None]
         streams = (bagged.logits, bagged.extra["best"])
         return sum(F.binary_cross_entropy_with_logits(s.float(), target, share) for s in streams) / 2  # type: ignore[return-value]
 

@@ -79,7 +79,7 @@ class SimCLR(PretextTask):
         return f"two views of {' x '.join(map(str, self.size))} voxels a volume, {self.options.loss}"
 
     def views(self, batch: Tensors) -> Tensors:
-        """`view` (2N, 1, *size), all first views before all second ones, and the number `read` (2N,) of their read."""
+        """`view` (2N, 1, *size), all first views before all second ones, and the `volume` (2N,) that each is of."""
         pair = [self.view(batch["image"], batch["seed"], number)[0] for number in range(2)]
         return {"view": torch.cat(pair), "volume": batch["volume"].repeat(2)}
 

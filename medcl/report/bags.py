@@ -42,7 +42,8 @@ def write_bag_report(run: Path) -> Path:
     how = "INS" if method == "ins" else f"{config.get('aggregator')}{', SC-MIL' if method == 'sc' else ''}"
     told = (
         f"{config.get('folds')}-fold cross-validation, no group divided: every bag is told by a model that has seen "
-        "none of its group. Nothing is chosen on held-out bags. Intervals resample whole groups."
+        "none of its group. Nothing is chosen on held-out bags. Intervals resample whole groups (n-1 of n drawn, "
+        "Student-t tails)."
     )
     body = [
         html.paragraph(_headline(result), "headline"),

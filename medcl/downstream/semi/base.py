@@ -101,8 +101,13 @@ class SemiMethod(nn.Module, ABC):
 
     def weight(self, progress: float) -> float | None:
         """Weight of the unlabelled loss after this share of the steps; None before `start`, when nothing is read."""
-        since = progress - self.options.start
-        return None if since < 0 else self.options.weight * ramp_up(since, self.options.ramp)
+        if progress < self.options.start:
+            return None
+        return self.options.weight * self.trust(progress)
+
+    def trust(self, progress: float) -> float:
+        """From 0 to 1: how far the weight has risen. A pseudo-label pasted into a labelled patch counts as much."""
+        return ramp_up(progress - self.options.start, self.options.ramp)
 
     @property
     def hard(self) -> bool:
