@@ -73,11 +73,14 @@ def overlaps(seen: Seen, held: Seen, within: bool = False, store: str = "") -> l
             found[number] = [Overlap("exact", case.name, told) for told in dict.fromkeys(map(_told, same))]
         elif (picture := case.thumbnail) is not None:
             rest.append((number, picture))
-    for match in remembered([picture for _, picture in pictures], [picture for _, picture in rest], store):
+    # of one folder, a subject's own volumes would take the few places that a new one is aligned with
+    known_owners = [volume.subject for volume, _ in pictures] if within else []
+    owners = [held.volumes[number].subject for number, _ in rest] if within else []
+    known, new = ([picture for _, picture in side] for side in (pictures, rest))
+    for match in remembered(known, new, store, known_owners, owners):
         number, volume = rest[match.new][0], pictures[match.known][0]
-        if not (within and volume.subject == held.volumes[number].subject):
-            told = Overlap("alike", held.volumes[number].name, _told(volume), round(match.score, 3))
-            found.setdefault(number, []).append(told)
+        told = Overlap("alike", held.volumes[number].name, _told(volume), round(match.score, 3))
+        found.setdefault(number, []).append(told)
     for number, case in enumerate(held.volumes):
         if number not in found and not within and case.subject in by_subject:
             found[number] = [Overlap("subject", case.name, _told(by_subject[case.subject]))]

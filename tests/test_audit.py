@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import zipfile
 
 import nibabel as nib
 import numpy as np
@@ -13,9 +14,10 @@ from scipy.ndimage import zoom
 
 import medcl
 from medcl import AuditConfig, CompareConfig, EvaluateConfig, FinetuneConfig, PretrainConfig, cli
+from medcl.data.matched import remembered
 from medcl.data.matching import THRESHOLD, scores
 from medcl.data.phantom import make_subject
-from medcl.data.signature import sign, thumbnail
+from medcl.data.signature import load_marks, load_thumbnail, save_signature, sign, thumbnail
 from medcl.data.stage import load_source
 from medcl.errors import MedclError
 from medcl.leakage import overlaps
@@ -89,6 +91,20 @@ def test_equal_values_hash_equally_whatever_axes_and_type(volumes):
     assert sign(other).values != first.values
 
 
+def test_a_damaged_signature_is_told_with_its_remedy(volumes, tmp_path):
+    path = tmp_path / "signature.npz"
+    save_signature(path, sign(volumes[0]))
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("thumbnail.npy").header_offset
+    start += 30 + sum(int.from_bytes(data[start + at : start + at + 2], "little") for at in (26, 28))
+    data[start] = 0xFF  # no deflate stream begins so: zlib stops before the checksum is looked at
+    path.write_bytes(data)
+    load_marks(path)
+    with pytest.raises(MedclError, match=r"is damaged.*Delete it"):
+        load_thumbnail(path)
+
+
 def test_a_constant_volume_matches_nothing(pictures):
     flat = np.zeros((24, 24, 24), np.uint8)
     assert not [match for match in scores([flat, *pictures], [flat]) if match.score >= THRESHOLD]
@@ -147,6 +163,51 @@ def test_a_folder_against_itself_tells_only_what_goes_under_two_names(phantoms, 
     copy_one(phantoms, tmp_path / "scans", change=lambda v: 2 * v)
     found = medcl.audit(AuditConfig(str(tmp_path / "scans"), str(tmp_path / "scans")))["overlaps"]
     assert len(found) == 2 and {each["kind"] for each in found} == {"alike"}
+
+
+FRAMES = 6  # one more than the known volumes that a new one is aligned with
+
+
+def frames_of(volume, seed):
+    """Volumes of one person that look more like each other than like a cropped copy: the same, with fresh noise."""
+    rng = np.random.default_rng(seed)
+    return [np.asarray(volume + rng.normal(0, 0.01 * volume.max(), volume.shape), np.float32) for _ in range(FRAMES)]
+
+
+def save_frames(folder, who, frames):
+    folder.mkdir(exist_ok=True)
+    for number, frame in enumerate(frames):
+        nib.save(nib.Nifti1Image(frame, np.eye(4)), folder / f"{who}_frame{number:02}.nii.gz")
+
+
+def audited(first, second):
+    """Who was found alike to whom, by the names before the frame, and how many held-out volumes that concerns."""
+    found = medcl.audit(AuditConfig(str(first), str(second), workers=1))["overlaps"]
+    assert {each["kind"] for each in found} == {"alike"}
+    pairs = {(each["case"].split("_")[0], each["seen"].split("_")[0]) for each in found}
+    return pairs, len({each["case"] for each in found})
+
+
+def test_copies_are_found_behind_the_many_frames_of_their_own_subjects(volumes, tmp_path):
+    for i in range(2):
+        save_frames(tmp_path / "scans", f"p{i}", frames_of(volumes[i], seed=i))
+    save_frames(tmp_path / "scans", "copy", [3 * cropped(frame) + 5 for frame in frames_of(volumes[0], seed=0)])
+    assert audited(tmp_path / "scans", tmp_path / "scans") == ({("p0", "copy"), ("copy", "p0")}, 2 * FRAMES)
+
+
+def test_a_copy_under_the_same_subject_id_of_another_folder_is_told(volumes, tmp_path):
+    save_frames(tmp_path / "one", "p0", frames_of(volumes[0], seed=0))
+    save_frames(tmp_path / "two", "p0", [3 * cropped(frame) + 5 for frame in frames_of(volumes[0], seed=0)])
+    assert audited(tmp_path / "one", tmp_path / "two") == ({("p0", "p0")}, FRAMES)
+
+
+def test_equal_pictures_of_one_owner_are_not_compared_and_of_two_are(pictures, tmp_path):
+    known = [pictures[0], pictures[0], pictures[1]]
+    alike = [(match.known, match.new) for match in remembered(known, known, tmp_path, ["a", "b", "b"], ["a", "b", "b"])]
+    assert alike == [(1, 0), (0, 1)]
+    everyone = remembered(known, known, tmp_path)  # the store keeps the answers to the two questions apart
+    assert {(match.known, match.new) for match in everyone} == {(0, 0), (1, 0), (0, 1), (1, 1), (2, 2)}
+    assert not remembered(known, known, tmp_path, ["a"] * 3, ["a"] * 3)
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

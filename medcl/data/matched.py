@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,49 @@ from medcl.errors import MedclError
 from medcl.files import read_json, write_json
 
 
-def remembered(known: Sequence[np.ndarray], new: Sequence[np.ndarray], store: str | Path = "") -> list[Match]:
-    """As `medcl.data.matching.matches`; equal pictures among the known ones are compared once."""
+def remembered(
+    known: Sequence[np.ndarray],
+    new: Sequence[np.ndarray],
+    store: str | Path = "",
+    known_owners: Sequence[str] = (),
+    new_owners: Sequence[str] = (),
+) -> list[Match]:
+    """As `medcl.data.matching.matches`; equal pictures among the known ones are compared once.
+
+    Args:
+        known: uint8 (24, 24, 24) each.
+        new: of the volumes in question.
+        store: folder that remembers; by default `default_store()`.
+        known_owners: whose each known one is. Two volumes of one owner are not compared; by default all are.
+        new_owners: whose each new one is.
+    """
     if not known or not new:
         return []
+    # without owners, no known picture is left out: None owns none
+    whose = known_owners or [""] * len(known)
+    own: Sequence[str | None] = new_owners or [None] * len(new)
     places: dict[str, list[int]] = {}
     for place, picture in enumerate(known):
         places.setdefault(_hash(picture), []).append(place)
     marks = sorted(places)  # in an order that does not depend on who was named first
-    asked = [_hash(picture) for picture in new]
+    # by owner, the pictures that nobody else has: one that another has too must be compared
+    sole: dict[str | None, list[int]] = defaultdict(list)
+    for number, mark in enumerate(marks):
+        owners = {whose[place] for place in places[mark]}
+        if len(owners) == 1:
+            sole[owners.pop()].append(number)
+    # what is left out is part of the question: without owners nothing is, and the picture's mark is all of it
+    without = {owner: " " + _digest([marks[number] for number in numbers]) for owner, numbers in sole.items()}
+    asked = [_hash(picture) + without.get(owner, "") for picture, owner in zip(new, own, strict=True)]
     root = store_folder(store)
-    key = hashlib.sha256(repr((SIGNATURE_VERSION, THRESHOLD, marks)).encode()).hexdigest()[:32]
-    path = root / "matches" / f"{key}.json"
+    path = root / "matches" / f"{_digest((SIGNATURE_VERSION, THRESHOLD, marks))}.json"
     answers = _load(path)
     missing = [place for place, mark in enumerate(asked) if mark not in answers]
     if missing:
         fresh: dict[str, list[list[Any]]] = {asked[place]: [] for place in missing}
-        for match in matches([known[places[mark][0]] for mark in marks], [new[place] for place in missing]):
+        firsts = [known[places[mark][0]] for mark in marks]
+        left_out = [sole.get(own[place], []) for place in missing]
+        for match in matches(firsts, [new[place] for place in missing], left_out=left_out):
             answer = [marks[match.known], match.score]
             if answer not in fresh[asked[missing[match.new]]]:
                 fresh[asked[missing[match.new]]].append(answer)
@@ -43,7 +70,12 @@ def remembered(known: Sequence[np.ndarray], new: Sequence[np.ndarray], store: st
         for number, one in enumerate(asked)
         for mark, score in answers[one]
         for place in places[mark]
+        if whose[place] != own[number]
     ]
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
 
 
 def _hash(picture: np.ndarray) -> str:

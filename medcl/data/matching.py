@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,27 +48,43 @@ class Match:
     score: float
 
 
-def matches(known: Sequence[np.ndarray], new: Sequence[np.ndarray], threshold: float = THRESHOLD) -> list[Match]:
+def matches(
+    known: Sequence[np.ndarray],
+    new: Sequence[np.ndarray],
+    threshold: float = THRESHOLD,
+    left_out: Sequence[Collection[int]] = (),
+) -> list[Match]:
     """Pairs of thumbnails that show the same volume.
 
     Args:
         known: uint8 (24, 24, 24) each.
         new: of the volumes in question.
         threshold: score from which a pair counts.
+        left_out: as in `scores`.
 
     Returns:
         At most five pairs a new volume, the best first.
     """
-    return [match for match in scores(known, new) if match.score >= threshold]
+    return [match for match in scores(known, new, left_out) if match.score >= threshold]
 
 
-def scores(known: Sequence[np.ndarray], new: Sequence[np.ndarray]) -> list[Match]:
-    """The aligned correlation of every new volume with the few known ones that look most like it."""
+def scores(
+    known: Sequence[np.ndarray], new: Sequence[np.ndarray], left_out: Sequence[Collection[int]] = ()
+) -> list[Match]:
+    """The aligned correlation of every new volume with the few known ones that look most like it.
+
+    Args:
+        known: uint8 (24, 24, 24) each.
+        new: of the volumes in question.
+        left_out: for each new volume, places of known ones that it is not compared with; by default none. They take
+            no place among the few.
+    """
     found = []
     blocks = [(start, _middles(known[start : start + BLOCK])) for start in range(0, len(known), BLOCK)]
     for number, picture in enumerate(new):
         views = _views(picture)
-        near = [entry for start, block in blocks for entry in _nearest(views, block, start)]
+        without = left_out[number] if left_out else ()
+        near = [entry for start, block in blocks for entry in _nearest(views, block, start, without)]
         near.sort(key=lambda entry: -entry[0])
         aligned = [
             Match(index, number, _align(known[index], picture, orientation, _windows(view)))
@@ -100,11 +116,14 @@ def _views(picture: np.ndarray) -> np.ndarray:
     return _unit(cubes[0] - cubes[1])
 
 
-def _nearest(views: np.ndarray, block: np.ndarray, start: int) -> list[tuple[float, int, int, int]]:
+def _nearest(
+    views: np.ndarray, block: np.ndarray, start: int, without: Collection[int]
+) -> list[tuple[float, int, int, int]]:
     """(coarse correlation, known volume, orientation, view) of the most similar volumes of a block."""
     correlation = views @ block.T
     best = correlation.max(0).reshape(-1, len(ORIENTATIONS))
     top = best.max(1)
+    top[[place - start for place in without if 0 <= place - start < len(top)]] = -1.0
     entries = []
     for index in np.argsort(-top)[:BEST]:
         if top[index] < HOPELESS:
