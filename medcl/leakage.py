@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,15 +91,22 @@ def _told(volume: SeenVolume) -> str:
     return volume.name or f"{volume.stage} {volume.run}"
 
 
-def compared(seen: Seen, held: Seen, within: bool = False, store: str = "") -> dict[str, Any]:
-    """The outcome of an audit as JSON holds it: counts, overlaps, gaps, and a sentence where anything overlaps."""
-    found = overlaps(seen, held, within, store)
+def compared(
+    seen: Seen, held: Seen, within: bool = False, store: str = "", twins: Sequence[Overlap] = ()
+) -> dict[str, Any]:
+    """The outcome of an audit as JSON holds it: counts, overlaps, gaps, and a sentence where anything overlaps.
+
+    Args:
+        seen, held, within, store: as for `overlaps`.
+        twins: held-out volumes that were set aside because they equal others.
+    """
+    found = [*twins, *overlaps(seen, held, within, store)]
     return {
         "medcl_audit": AUDIT_VERSION,
         "seen": len({volume.voxels for volume in seen.volumes} - {""}),
-        "held_out": len(held.volumes),
+        "held_out": len(held.volumes) + len(twins),
         "threshold": THRESHOLD,
-        "sentence": _sentence(found, len(held.volumes)),
+        "sentence": _sentence(found, len(held.volumes) + len(twins)),
         "overlaps": [asdict(each) for each in found],
         "gaps": list(seen.gaps + held.gaps),
     }
@@ -152,10 +159,10 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         MedclError: a side is neither a run, nor scans, nor a manifest; or a run that holds nobody out.
     """
     setup_log()
-    first = seen_by(config.seen) if _is_run(config.seen) else _scans(config.seen, config)
-    second = _held_out(Path(config.held), config) if _is_run(config.held) else _scans(config.held, config)
+    first = seen_by(config.seen) if _is_run(config.seen) else _scans(config.seen, config)[0]
+    second, twins = (_held_out(Path(config.held), config), []) if _is_run(config.held) else _scans(config.held, config)
     within = not _is_run(config.seen) and Path(config.seen).resolve() == Path(config.held).resolve()
-    result = compared(first, second, within, config.store)
+    result = compared(first, second, within, config.store, twins if within else ())
     if config.out:
         write_json(config.out, result)
     return result
@@ -165,11 +172,13 @@ def _is_run(path: str) -> bool:
     return (Path(path) / "config.yaml").exists()
 
 
-def _scans(source: str, config: AuditConfig) -> Seen:
+def _scans(source: str, config: AuditConfig) -> tuple[Seen, list[Overlap]]:
+    """The volumes of a folder, and those that a scan sets aside because they stand there under another subject too."""
     manifest = load_source(source, config.channel)
     log.info("%s: %s.", source, describe(manifest))
     tell_problems(manifest)
-    return seen_in(manifest, manifest.cases, store=config.store, workers=config.workers)
+    twins = [Overlap("exact", problem.file, problem.twin) for problem in manifest.problems if problem.twin]
+    return seen_in(manifest, manifest.cases, store=config.store, workers=config.workers), twins
 
 
 def _held_out(run: Path, config: AuditConfig) -> Seen:

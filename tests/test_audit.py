@@ -157,6 +157,19 @@ def test_another_volume_of_a_subject_is_told(phantoms, volumes, tmp_path):
     assert (overlap["kind"], overlap["case"]) == ("subject", subject)
 
 
+def test_a_plain_copy_under_another_subject_is_an_overlap_of_its_folder(phantoms, tmp_path, capsys):
+    """A scan sets one of the two aside, and the audit has to tell them all the same."""
+    folder = tmp_path / "scans"
+    shutil.copytree(phantoms / "imagesTr", folder)
+    one, *_ = sorted(folder.glob("*.nii.gz"))
+    shutil.copy(one, folder / "stranger.nii.gz")
+    assert cli.main(["audit", str(folder), str(folder), "--store", str(tmp_path / "store")]) == 3
+    told = capsys.readouterr().out
+    assert "stranger.nii.gz" in told and one.name in told and "1 of" in told
+    (folder / "stranger.nii.gz").unlink()
+    assert cli.main(["audit", str(folder), str(folder), "--store", str(tmp_path / "store")]) == 0
+
+
 def test_a_folder_against_itself_tells_only_what_goes_under_two_names(phantoms, tmp_path):
     shutil.copytree(phantoms / "imagesTr", tmp_path / "scans")
     assert not medcl.audit(AuditConfig(str(tmp_path / "scans"), str(tmp_path / "scans")))["overlaps"]

@@ -68,12 +68,14 @@ class Problem:
         what: what is wrong, in one line.
         remedy: what a person can do.
         aside: True where the volume was set aside; False where it is used all the same (a warning).
+        twin: the volume that it is identical to, where that goes under another subject's name.
     """
 
     file: str
     what: str
     remedy: str
     aside: bool = True
+    twin: str = ""
 
     def __str__(self) -> str:
         return f"{self.file}: {self.what}. {self.remedy}"

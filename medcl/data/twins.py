@@ -40,9 +40,11 @@ def without_twins(root: Path, read: Iterable[Pair], sizes: Mapping[str, int]) ->
         for other in others:
             twins.add(other.id)
             what = f"holds the same image as {first.image[0]}"
-            if other.subject != first.subject:
+            strangers = other.subject != first.subject
+            if strangers:
                 what += f", although one is subject {first.subject} and the other {other.subject}"
-            problems.append(Problem(other.image[0], what, f"{first.image[0]} is used; delete one of the two."))
+            remedy = f"{first.image[0]} is used; delete one of the two."
+            problems.append(Problem(other.image[0], what, remedy, twin=first.image[0] if strangers else ""))
     return [case for case, _ in kept if case.id not in twins], problems
 
 
