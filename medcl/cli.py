@@ -25,7 +25,8 @@ def _scan(config: Any) -> None:
         print(json.dumps(summary_dict(manifest), indent=1))
         return
     print_summary(manifest)
-    print(f"Manifest in {config.out}. Next: medcl pretrain {config.source} --out runs/NAME")
+    following = f" Next: medcl pretrain {config.source} --out runs/NAME" if manifest.cases else ""
+    print(f"Manifest in {config.out}.{following}")
 
 
 def _prepare(config: Any) -> None:
@@ -45,13 +46,15 @@ def _pretrain(config: Any) -> None:
 
 
 def _finetune(config: Any) -> None:
+    from medcl.data.splits import Split
     from medcl.downstream.stage import finetune
 
     run = finetune(config)
     if follows(config):
         return
     _report(run)
-    print(f"Next: medcl evaluate {run}, or medcl predict {run} SCANS OUT")
+    tested = f"medcl evaluate {run}, or " if Split.load(run / "split.json").test else ""
+    print(f"Next: {tested}medcl predict {run} SCANS OUT")
 
 
 def _predict(config: Any) -> None:
@@ -240,9 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return _run(" ".join(args[:words]), args[words:])
     except KeyboardInterrupt:
-        print(
-            "medcl: interrupted; what was written is kept, --resume goes on from the last checkpoint", file=sys.stderr
-        )
+        how = "the same command goes on" if args[0] == "benchmark" else "--resume goes on from the last checkpoint"
+        print(f"medcl: interrupted; what was written is kept, {how}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `medcl scan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

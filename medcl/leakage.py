@@ -120,8 +120,12 @@ def _sentence(found: list[Overlap], held: int) -> str:
     told = "; ".join(f"{kinds[kind]} with {text}" for kind, text in KINDS.items() if kinds[kind])
     return (
         f"leakage: {len(first)} of {held} held-out volumes were seen in training: {told}; "
-        f"such as {found[0].case}, seen as {found[0].seen}"
+        f"such as {found[0].case}, seen as {found[0].seen}{_likeness(found[0])}"
     )
+
+
+def _likeness(overlap: Overlap) -> str:
+    return "" if overlap.score is None else f" (likeness {overlap.score:.2f}, told from {THRESHOLD})"
 
 
 def refuse(result: Mapping[str, Any], allowed: bool, where: object) -> None:
@@ -189,6 +193,8 @@ def _held_out(run: Path, config: AuditConfig) -> Seen:
         raise MedclError("holds no subject out", run, "Give the scans that it is tested on.")
     manifest = Manifest.load(run / "manifest.json")
     cases = cases_of(manifest, (*split.val, *split.test))
+    if not cases:
+        raise MedclError("does not know the volumes that it holds out", run, "Give the scans that it is tested on.")
     return seen_in(manifest, cases, store=config.store, workers=config.workers)
 
 

@@ -63,7 +63,7 @@ class Seen:
 def seen_in(
     manifest: Manifest, cases: Sequence[Case], stage: str = "", run: str | Path = "", store: str = "", workers: int = 0
 ) -> Seen:
-    """The record of cases at hand; one whose volume cannot be read is known by its subject only."""
+    """The record of cases at hand; one whose volume cannot be read is known by its subject only, and told as a gap."""
     found = signatures(manifest, cases, store, workers)
     volumes = []
     for case in cases:
@@ -71,7 +71,13 @@ def seen_in(
         marks = load_marks(path) if path else ("", "")
         picture = partial(load_thumbnail, path) if path else None
         volumes.append(SeenVolume(*marks, subject_hash(case.subject), stage, Path(run).name, picture, case.id))
-    return Seen(tuple(volumes))
+    unread = [case.id for case in cases if case.id not in found]
+    if not unread:
+        return Seen(tuple(volumes))
+    # the names of what was trained on are in no record
+    whose = f"of {stage}" if stage else f"held out or given, such as {unread[0]},"
+    gap = f"{len(unread)} of {len(cases)} volumes {whose} could not be read: only their subjects were compared."
+    return Seen(tuple(volumes), (gap,))
 
 
 def save_seen(run: Path, seen: Seen) -> None:

@@ -375,3 +375,18 @@ def test_thumbnails_are_read_when_asked_for_and_the_older_form_is_understood(lea
     np.savez_compressed(path, rows=np.arange(len(pictures)), pictures=np.stack(pictures))
     for volume, picture in zip(seen_by(tmp_path / "run").volumes, pictures, strict=True):
         np.testing.assert_array_equal(volume.thumbnail, picture)
+
+
+def test_a_volume_that_cannot_be_read_is_told_and_a_run_without_its_held_out_volumes_refused(
+    leaky, phantoms, volumes, tmp_path, capsys
+):
+    held = tmp_path / "held"
+    held.mkdir()
+    nib.save(nib.Nifti1Image(volumes[0], np.eye(4)), held / "good.nii.gz")
+    broken = np.array(volumes[1], np.float32)
+    broken[0, 0, 0] = np.nan
+    nib.save(nib.Nifti1Image(broken, np.eye(4)), held / "broken.nii.gz")
+    assert cli.main(["audit", str(phantoms), str(held)]) == 0
+    assert "1 of 2 volumes held out or given, such as broken, could not be read" in capsys.readouterr().out
+    seen = seen_in(load_source(str(held)), load_source(str(held)).cases, "pretraining")
+    assert "broken" not in seen.gaps[0] and "1 of 2 volumes of pretraining" in seen.gaps[0]

@@ -371,3 +371,16 @@ def test_real_head_ct():
     assert any("tilt of 18.5" in note for note in case.notes) and any(
         "resampled to every" in note for note in case.notes
     )
+
+
+def test_a_label_map_of_background_only_is_warned_of(tmp_path):
+    image(tmp_path / "a1.nii")
+    label(tmp_path / "a1_seg.nii")
+    image(tmp_path / "b2.nii", 7)
+    label(tmp_path / "b2_seg.nii")
+    seg = nib.load(tmp_path / "b2_seg.nii")
+    nib.save(nib.Nifti1Image(np.zeros(seg.shape, np.uint8), seg.affine), tmp_path / "b2_seg.nii")
+    manifest = scan(tmp_path)
+    assert len(manifest.labelled) == 2 and len(manifest.problems) == 1
+    told = problem(manifest, "b2_seg.nii")
+    assert not told.aside and "background only" in told.what

@@ -19,6 +19,8 @@ import medcl.data.stage
 from medcl import ExportConfig, PrepareConfig
 from medcl.checkpoint import load_weights, rebuild
 from medcl.data.signature import subject_hash
+from medcl.data.splits import make_split
+from medcl.data.stage import load_source
 from medcl.errors import MedclError
 from medcl.run import read_metrics, setup_log
 
@@ -219,3 +221,22 @@ def test_ct_is_recognised_by_its_air_whether_or_not_voxels_were_scanned(tmp_path
 def test_options_that_cannot_work_are_one_line(phantoms, tmp_path, value, told):
     with pytest.raises(MedclError, match=told):
         medcl.pretrain(pretraining(phantoms, tmp_path / "x", options={"crops": value}))
+
+
+def test_labelled_volumes_that_cannot_be_used_are_left_out_of_all_and_missed_in_a_draw(tmp_path, phantoms, capsys):
+    """A folder is read by headers first: what its voxels hold comes out when they are prepared."""
+    folder = tmp_path / "scans"
+    shutil.copytree(phantoms, folder)
+    split = make_split(load_source(str(folder)))
+    damaged = sorted(split.train)[0]
+    path = folder / "imagesTr" / f"{damaged}.nii.gz"
+    image = nib.load(path)
+    array = np.asarray(image.dataobj, np.float32)
+    array[3, 3, 3] = np.nan
+    nib.save(nib.Nifti1Image(array, image.affine), path)
+    run = medcl.finetune(finetuning(folder, tmp_path / "all", labels="all", width=4))
+    count = len(split.train) - 1
+    assert f"Training on {count} volumes of {count} labelled subjects" in (run / "log.txt").read_text()
+    with pytest.raises(MedclError, match=f"labelled volumes of {damaged}"):
+        medcl.finetune(finetuning(folder, tmp_path / "few", labels=str(len(split.train)), width=4))
+    medcl.finetune(finetuning(folder, tmp_path / "few", labels="all", width=4))  # the folder is free

@@ -234,3 +234,10 @@ def test_mismatched_rows_are_refused(bad):
         bootstrap_mean(*bad)
     with pytest.raises(ValueError, match="row by row"):
         paired_difference([1.0, 2.0], [1.0], ["a", "b"])
+
+
+def test_an_interval_can_be_cut_to_what_the_measure_can_be():
+    interval = bootstrap_mean([0.02, 0.05, 0.3, 0.9], ["a", "b"] * 2, [0, 0, 1, 1])
+    assert interval.low < 0 and interval.high > 1
+    assert (interval.within(0, 1).low, interval.within(0, 1).high) == (0, 1)
+    assert math.isnan(bootstrap_mean([0.5], ["a"]).within(0, 1).low)

@@ -190,7 +190,8 @@ def derive_plan(
         MedclError: the manifest has no cases, or mixes CT with MR.
     """
     if not manifest.cases:
-        raise MedclError("no usable volume", manifest.root, "See the list of problems printed by `medcl scan`.")
+        first = f"{manifest.problems[0]} " if manifest.problems else ""
+        raise MedclError("no usable volume", manifest.root, f"{first}`medcl scan` tells all.")
     modalities = {case.modality for case in manifest.cases} - {"unknown"}
     if len(modalities) > 1:
         raise MedclError(

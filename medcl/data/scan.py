@@ -257,7 +257,12 @@ def _inspect(task: tuple[Path, Case, int | None, bool]) -> _Result:
     try:
         path = root / case.label
         if voxels:
-            checks.check_label(read_volume([path]), image, path)
+            found = read_volume([path])
+            checks.check_label(found, image, path)
+            if not found.array.any():
+                what = "the label map holds background only"
+                told = Problem(case.label, what, "Check that it is meant so; it counts as labelled.", aside=False)
+                return _Result(case, (told,), digest)
         else:
             label = read_header([path])
             pick_channel(label, None, path)

@@ -97,8 +97,9 @@ def draw_labelled(split: Split, manifest: Manifest, labels: str, draw: int = 0) 
     """
     able = ranked({c.subject for c in manifest.labelled} & set(split.train), f"draw {split.seed} {draw}")
     if not able:
+        first = f"{manifest.problems[0]} " if manifest.problems and not manifest.cases else ""
         raise MedclError(
-            "no labelled subject to train with", manifest.root, "See `medcl scan` for how labels are found."
+            "no labelled subject to train with", manifest.root, f"{first}`medcl scan` tells how labels are found."
         )
     if labels == "all":
         count = len(able)

@@ -92,6 +92,9 @@ def finetune(config: FinetuneConfig) -> Path:
     tell_problems(manifest)
     if taken:
         log.info("%s: %s.", config.init, taken)
+    if contract and plan.patch_size != contract.plan.patch_size and not config.plan:
+        ours, theirs = (" x ".join(map(str, each.patch_size)) for each in (plan, contract.plan))
+        log.info("Patches of %s voxels, by the scans of this folder; in %s they were %s.", ours, config.init, theirs)
     if leakage["sentence"]:
         log.warning("%s.", leakage["sentence"])
     used = cases_of(manifest, (*split.labelled, *split.val), labelled=True) + cases_of(manifest, unlabelled)
@@ -105,12 +108,13 @@ def finetune(config: FinetuneConfig) -> Path:
     train = [item for item in stored if item.case.subject in split.labelled]
     val = [(item.case.subject, item.path) for item in stored if item.case.subject in split.val]
     lost = sorted(set(split.labelled) - {item.case.subject for item in train})
-    if lost:
+    if lost and (config.labels != "all" or not train):
+        if not (config.resume or led):
+            (run / "config.yaml").unlink()  # nothing was trained: the folder may be used again
         raise MedclError(
-            f"the labelled volumes of {', '.join(lost)} cannot be used",
-            config.source,
-            "Mend them, or use another --draw.",
-        )
+            f"the labelled volumes of {', '.join(lost)} cannot be used", config.source,
+            "Mend them or take them away; or use another --draw.",
+        )  # fmt: skip
     images = [item for item in stored if item.case.subject in unlabelled]
     if semi and not images:
         raise MedclError("no unlabelled volume can be used", config.source, "Mend them, or use --semi none.")
@@ -118,7 +122,7 @@ def finetune(config: FinetuneConfig) -> Path:
     log.info(
         "Training on %d volumes of %d labelled subjects (draw %d: %s).",
         len(train),
-        len(split.labelled),
+        len({item.case.subject for item in train}),
         config.draw,
         drawn,
     )

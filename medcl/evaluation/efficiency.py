@@ -224,7 +224,8 @@ def _verdict(difference: PairedDifference, p: float) -> str:
 
 
 def _mean(rows: Sequence[Row]) -> Interval:
-    return bootstrap_mean([r[METRIC] for r in rows], [r["subject"] for r in rows], [r["draw"] for r in rows])
+    mean = bootstrap_mean([r[METRIC] for r in rows], [r["subject"] for r in rows], [r["draw"] for r in rows])
+    return mean.within(0, 1)
 
 
 def _per_draw(rows: Sequence[Row]) -> list[float | None]:

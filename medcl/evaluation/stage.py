@@ -54,9 +54,10 @@ def _evaluate_run(run: Path, config: EvaluateConfig) -> dict[str, Any]:
     subjects, store = getattr(split, config.subjects), str(trained.get("store") or "")
     cases = cases_of(manifest, subjects, labelled=True)
     if not cases:
+        where = config.reference or "SCANS"
         raise MedclError(
-            f"has no labelled {config.subjects} subject", run,
-            "Give --reference a folder with labels, or fine-tune on more subjects.",
+            f"has no labelled {config.subjects} subject" + (f" in {where}" if config.reference else ""), run,
+            f"For others: `medcl predict {run} {where} OUT`, then `medcl evaluate OUT {where}`.",
         )  # fmt: skip
     leakage = compared(seen_by(run), seen_in(manifest, cases, store=store), store=store)
     refuse(leakage, config.allow_leakage or bool(trained.get("allow_leakage")), run)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,10 @@ class Interval:
     n_draws: int = 1
     n_excluded: int = 0
     level: float = 0.95
+
+    def within(self, least: float, most: float) -> Interval:
+        """The same with its ends cut to what the measure can be."""
+        return replace(self, low=float(np.clip(self.low, least, most)), high=float(np.clip(self.high, least, most)))
 
     def to_dict(self) -> dict[str, Any]:
         """The same for JSON: NaN becomes null."""
