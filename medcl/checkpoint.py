@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medcl.config import ExportConfig
-from medcl.data.plan import Plan
+from medcl.data.plan import Plan, round_up
 from medcl.errors import MedclError
 from medcl.files import atomic_path, file_sha256, read_json, sha256, write_json
 from medcl.networks.backbones import Backbone, BackboneSpec, build_backbone
@@ -217,6 +217,7 @@ def export(config: ExportConfig) -> Path:
             "class": f"monai.networks.nets.{name}",
             "arguments": arguments,
             "input": preparation,
+            "patch_size": round_up(contract.plan.patch_size, backbone.multiple),
             "patch_multiple": backbone.multiple,
             "trained": contract.trained,
             "label_values": [0, *contract.label_values],
@@ -227,6 +228,6 @@ def export(config: ExportConfig) -> Path:
     untrained = {"encoder", "decoder", "head"} - set(contract.trained)
     log.info("%s weights in %s.", name, out)
     if untrained:
-        log.info("Pretraining trained the %s only; the %s in the file is random.",
+        log.info("Pretraining trained the %s only; what the file has of the %s is random.",
                  " and ".join(contract.trained), " and ".join(sorted(untrained)))  # fmt: skip
     return out

@@ -204,7 +204,8 @@ class FinetuneConfig:
         checkpoint_every: steps between checkpoints.
         allow_leakage: go on where validation or test volumes were seen in training; every result is then marked.
         resume: go on from the last checkpoint of `out`.
-        plan: a plan.json (or a run folder) to prepare by; by default that of `init`, or one derived from the scans.
+        plan: a plan.json (or a run folder) to prepare by; by default that of `init` with patches by these scans, or one
+            derived from them.
         n4: correct the MRI bias field with N4 first (slow).
         store: folder for prepared volumes, or an fsspec address such as `s3://bucket/store`; by default `$MEDCL_STORE`,
             or `~/.cache/medcl`.
