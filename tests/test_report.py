@@ -309,3 +309,13 @@ def test_tables_mark_headings_and_numbers():
     made = table(("name", "n"), [("<a>", 1)], strong=[0])
     assert '<th scope="row">&lt;a&gt;</th><td class="number">1</td>' in made and 'class="strong"' in made
     assert table(("name",), []) == ""
+
+
+def test_grey_levels_of_ct_are_those_of_the_body():
+    """Four fifths air at -1000 HU, a body around 50 HU: it must not be drawn in two greys."""
+    from medcl.report.overlays import _window
+
+    hounsfield = np.where(np.arange(10_000) < 8_000, -1000.0, np.linspace(-100, 200, 10_000))
+    low, high = _window(hounsfield.reshape(10, 10, 100))
+    assert -110 < low < 150 and 190 < high < 201
+    assert _window(np.linspace(0, 1, 1000).reshape(10, 10, 10)) == pytest.approx((0.01, 0.995), abs=1e-3)

@@ -204,7 +204,7 @@ def pretrain(config: PretrainConfig) -> Path:
         left.save(run / "manifest.json")
     if split:
         log.info("%d subjects pretrain; %d of validation and %d of test are left out (--subjects all takes them).",
-                 len(subjects), len(split.val), len(split.test))  # fmt: skip
+                 len({item.case.subject for item in stored}), len(split.val), len(split.test))  # fmt: skip
 
     if taken:
         log.info("%s: %s.", config.init, taken)

@@ -189,4 +189,4 @@ class Watch(pl.Callback):
             ranks = f"effective rank of the features {self.rank_before:.3g} before and {self.rank_after:.3g} after"
         else:
             ranks = f"effective rank of the features {self.first_rank:.3g} early, {self.last_rank:.3g} at the end"
-        return f"Loss {loss:.3g} at the end, against {against}; {ranks}."
+        return f"Loss {loss:.3g} in the last {len(self.losses)} steps, against {against}; {ranks}."

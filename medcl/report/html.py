@@ -24,7 +24,8 @@ from medcl.report.overlays import draw_overlay, load_overlay
 
 _OUTLINES = (
     "Planes cut where the reference is largest, in radiological display (the patient's right is on the left); "
-    "voxels in true proportion, grey levels from the 1st to the 99.5th percentile. Each class is outlined."
+    "voxels in true proportion, grey levels from the 1st to the 99.5th percentile (of CT, without air). Each class is "
+    "outlined."
 )
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from medcl.data.case import Case, Manifest
 from medcl.data.io import read_volume, to_canonical
+from medcl.data.prepare import AIR
 from medcl.errors import MedclError
 from medcl.report.figures import ORANGE, SKY, literal, new_figure, to_uri
 
@@ -123,8 +124,10 @@ def _view(overlay: Overlay, axis: int) -> tuple[tuple[float, float], tuple[float
 
 
 def _window(image: NDArray[Any]) -> tuple[float, float]:
-    """Grey levels from the 1st to the 99.5th percentile."""
+    """Grey levels from the 1st to the 99.5th percentile; of CT without the air, which would take most of them."""
     values = image[np.isfinite(image)]
+    if values.size and values.min() <= AIR and (body := values[values > AIR]).size:
+        values = body
     low, high = np.percentile(values, (1, 99.5)) if values.size else (0.0, 1.0)
     return float(low), float(high if high > low else low + 1)
 
