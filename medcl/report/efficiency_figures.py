@@ -17,16 +17,17 @@ def efficiency_plot(result: Mapping[str, Any]) -> str:
     figure = new_figure(7.2, 3.8)
     axes = figure.add_subplot()
     places = {labels: place for place, labels in enumerate(result["labels"])}
-    arms = result["arms"]
+    arms, spread = result["arms"], min(0.24, 0.05 * len(places))  # beside each other: no interval hides another
     for i, (arm, colour) in enumerate(zip(arms, (GREY, BLUE, ORANGE, GREEN, RED, SKY, PURPLE) * 8, strict=False)):
         entries = [entry for entry in result["entries"] if entry["arm"] == arm]
         values = np.array([[_number(entry["dice"][key]) for key in ("low", "estimate", "high")] for entry in entries])
         values = values * MEASURES["dice"].scale
-        shift = 0.0 if len(arms) == 1 else 0.24 * (i / (len(arms) - 1) - 0.5)  # so that intervals do not hide another
+        shift = 0.0 if len(arms) == 1 else spread * (i / (len(arms) - 1) - 0.5)
         x = [places[entry["labels"]] + shift for entry in entries]
         axes.vlines(x, values[:, 0], values[:, 2], color=colour, linewidth=1.5, alpha=0.7)
         axes.plot(x, values[:, 1], color=colour, linewidth=1.5, marker="o", markersize=5, label=literal(arm))
     axes.set_xticks(range(len(places)), list(places))
+    axes.set_xlim(-0.3, len(places) - 0.7)
     axes.set_xlabel("labelled subjects", fontsize=8)
     axes.set_ylabel("Dice (%), mean and 95 % interval", fontsize=8)
     axes.legend(fontsize=8, frameon=False, loc="lower right")
