@@ -108,7 +108,7 @@ def compared(
         "threshold": THRESHOLD,
         "sentence": _sentence(found, len(held.volumes) + len(twins)),
         "overlaps": [asdict(each) for each in found],
-        "gaps": list(seen.gaps + held.gaps),
+        "gaps": list(dict.fromkeys(seen.gaps + held.gaps)),
     }
 
 
