@@ -35,7 +35,7 @@ def parse(command: str, positional: Sequence[str], config_name: str, args: list[
     parser.add_class_arguments(kind, as_group=False)
     parser.add_argument("--stage", help=SUPPRESS)  # in the config.yaml of a run
     if any(arg in ("-h", "--help") for arg in args):
-        print(_help(parser.format_help(), command, positional))
+        print(_help(parser.format_help(), command, positional, fields))
         return None
     flags = _named(args, positional, fields)
     for flag in flags:
@@ -150,11 +150,16 @@ def _tidy(text: str) -> str:
     return text[:300].rstrip(".")
 
 
-def _help(text: str, command: str, positional: Sequence[str]) -> str:
-    shown = " ".join(name.upper() for name in positional)
-    body = text.split("\n\n", 1)[-1]
-    body = "\n".join(line for line in body.splitlines() if not line.strip().startswith("--print_config"))
-    return f"usage: medcl {command} {shown} [--option VALUE ...]\n\n{body}"
+def _help(text: str, command: str, positional: Sequence[str], fields: dict[str, Any]) -> str:
+    """The parser's help without the option that jsonargparse adds to every `--config`."""
+    needed = {name for name, field in fields.items() if _required(field)} | {"config"}
+    shown = [name.upper() if name in needed else f"[{name.upper()}]" for name in positional]
+    body = re.sub(r"\n  --print_config.*(\n {8}.*)*", "", text.split("\n\n", 1)[-1])
+    return " ".join(["usage: medcl", command, *shown, "[--option VALUE ...]"]) + f"\n\n{body}"
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 if __name__ == "__main__":

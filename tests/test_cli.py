@@ -127,6 +127,16 @@ def test_a_broken_config_file_is_one_line(tmp_path, text):
         finetune("S", "--config", str(path))
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_tells_the_options_of_the_command_and_no_others(name, capsys):
+    assert cli.main([*name.split(), "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "print_config" not in told and "Print the configuration" not in told and "  [--" not in told
+    assert "--config" in told
+    if name == "evaluate":
+        assert told.startswith("usage: medcl evaluate PREDICTIONS [REFERENCE] [--option VALUE ...]")
+
+
 def test_a_benchmark_finds_its_recipes_from_anywhere(tmp_path, monkeypatch):
     """What lies where the command runs comes first, then what lies beside the benchmark's file and one folder up."""
     configs, here = tmp_path / "configs", tmp_path / "here"
