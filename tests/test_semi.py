@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -301,3 +302,16 @@ def test_frozen_weights_stay_and_slowed_ones_move_less(tmp_path, phantoms):
         encoder = build_backbone(contract.backbone).tensor_names("encoder")
         moved[name] = sum(float((tuned[k] - state[k]).abs().sum()) for k in encoder)
     assert moved["frozen"] == 0 < moved["slow"] < 0.5 * moved["plain"]
+
+
+def test_pasted_pseudo_labels_are_trusted_as_far_as_the_weight_has_risen(tmp_path, phantoms, monkeypatch):
+    given, original = [], Rows.mix
+
+    def mix(self, kind, trust=1.0):
+        given.append(trust)
+        return original(self, kind, trust)
+
+    monkeypatch.setattr(Rows, "mix", mix)
+    medcl.finetune(finetuning(phantoms, tmp_path / "run", width=4, semi="mean_teacher", mix="cutmix",
+                              semi_options={"ramp": 1.0, "weight": 3.0}))  # fmt: skip
+    assert given == pytest.approx([math.exp(-5 * (1 - step / 4) ** 2) for step in range(4)])
