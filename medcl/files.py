@@ -10,11 +10,19 @@ import io
 import json
 import os
 import tempfile
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medcl.errors import MedclError
+
+# what zipfile and numpy raise on one changed byte or another of an .npz file
+BROKEN_NPZ = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError,
+)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ A run that starts from another takes over what that one had seen, so the record 
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from medcl.data.case import Case, Manifest
 from medcl.data.signature import SIGNATURE_VERSION, load_marks, load_thumbnail, subject_hash
 from medcl.data.signatures import signatures
 from medcl.errors import MedclError
-from medcl.files import atomic_path, read_json, write_json
+from medcl.files import BROKEN_NPZ, atomic_path, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -133,14 +132,14 @@ def _pictures(path: Path) -> dict[int, Callable[[], np.ndarray]] | None:
             rows = zip(data["rows"].tolist(), data["pictures"], strict=True)
             return {place: partial(np.asarray, picture) for place, picture in rows}
         return {int(name): partial(_member, data, name, path) for name in data.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except BROKEN_NPZ as error:
         raise _damaged(path, error) from None
 
 
 def _member(data: Any, name: str, path: Path) -> np.ndarray:
     try:
         return data[name]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except BROKEN_NPZ as error:
         raise _damaged(path, error) from None
 
 

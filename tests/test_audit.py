@@ -105,6 +105,22 @@ def test_a_damaged_signature_is_told_with_its_remedy(volumes, tmp_path):
         load_thumbnail(path)
 
 
+def test_whatever_byte_of_a_signature_changed_it_is_read_as_it_was_or_told(volumes, tmp_path):
+    path = tmp_path / "signature.npz"
+    save_signature(path, sign(volumes[0]))
+    data, marks, picture = path.read_bytes(), load_marks(path), load_thumbnail(path)
+    told = 0
+    for place in [*range(400), *range(len(data) - 300, len(data))]:  # headers and marks; the table at the end
+        for change in (0x01, 0xFF):
+            path.write_bytes(data[:place] + bytes([data[place] ^ change]) + data[place + 1 :])
+            try:
+                assert load_marks(path) == marks
+                np.testing.assert_array_equal(load_thumbnail(path), picture)
+            except MedclError:
+                told += 1
+    assert told > 500
+
+
 def test_a_constant_volume_matches_nothing(pictures):
     flat = np.zeros((24, 24, 24), np.uint8)
     assert not [match for match in scores([flat, *pictures], [flat]) if match.score >= THRESHOLD]

@@ -8,8 +8,6 @@ flipped or permuted. Both are of the voxels as they were read, not as a plan pre
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from medcl.errors import MedclError
-from medcl.files import atomic_path
+from medcl.files import BROKEN_NPZ, atomic_path
 
 SIGNATURE_VERSION = 1  # raise it when the code below gives other numbers
 SIDE = 24  # voxels along an axis of a thumbnail, whatever the volume's shape
@@ -89,7 +87,7 @@ def _load(path: Path, name: str) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as data:
             return data[name]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except BROKEN_NPZ as error:
         raise MedclError(f"is damaged ({error})", path, "Delete it; it is made again.") from None
 
 
