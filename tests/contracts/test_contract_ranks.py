@@ -18,6 +18,9 @@ from medcl.pretext.base import PretextTask
 RANKS = 2
 PER_RANK = 2  # volumes
 RUNS = cases(("unet",))
+# A batch of another size is rounded otherwise, and an activation near 0 may then fall on the other side: on some
+# processors up to 3e-4 of the gradient. One rank's gradient without the other's volumes is tenths off.
+ROUNDING = 1e-3
 STAGES = Case("global_local", "unet", (("mode", "stagewise"),))
 
 
@@ -99,7 +102,7 @@ def test_two_ranks_give_the_gradient_of_one_with_the_joined_batch(joint_results,
     assert names == list(grads)
     assert float(joint[0]) == pytest.approx(loss, rel=1e-5)
     single = torch.cat([g.flatten() for g in grads.values()])
-    assert float((joint[1:] - single).norm() / single.norm()) < 1e-5
+    assert float((joint[1:] - single).norm() / single.norm()) < ROUNDING
 
 
 @pytest.mark.parametrize("case", RUNS, ids=str)
@@ -121,7 +124,7 @@ def test_stages_on_two_ranks_are_those_of_one_with_the_joined_batch(joint_result
         apart, size = (torch.cat([w.flatten() for w in each]).norm() for each in (
             [ours[name] - theirs[name] for name in ours], theirs.values()
         ))  # fmt: skip
-        assert float(apart / size) < 1e-5, f"step {step} differs by {float(apart / size)}"
+        assert float(apart / size) < ROUNDING, f"step {step} differs by {float(apart / size)}"
     encoder = [n for n in joint[0] if n.removeprefix("backbone.net.") in build(STAGES).backbone.tensor_names("encoder")]
     assert encoder and all(torch.equal(joint[1][name], joint[3][name]) for name in encoder)  # frozen, not decayed
     assert any(not torch.equal(joint[0][name], joint[1][name]) for name in encoder)
