@@ -19,7 +19,7 @@ RANKS = 2
 PER_RANK = 2  # volumes
 RUNS = cases(("unet",))
 # A batch of another size is rounded otherwise, and an activation near 0 may then fall on the other side: on some
-# processors up to 3e-4 of the gradient. One rank's gradient without the other's volumes is tenths off.
+# processors up to 3e-4 of the gradient. Without the other rank's volumes it is 0.07 off or more.
 ROUNDING = 1e-3
 STAGES = Case("global_local", "unet", (("mode", "stagewise"),))
 
