@@ -18,8 +18,8 @@ from medcl.pretext.base import PretextTask
 RANKS = 2
 PER_RANK = 2  # volumes
 RUNS = cases(("unet",))
-# A batch of another size is rounded otherwise, and a hidden unit of a head near 0 may fall on the other side of its ReLU:
-# on one processor PixPro's gradient above the ReLU agrees to 2e-6 and below it to 4e-3, 3e-4 of the whole. Without the
+# A batch of another size is rounded otherwise, and a hidden unit of a head may fall on the other side of its ReLU: on
+# one processor PixPro's gradient above that ReLU agrees to 2e-6 and below it to 4e-3, 3e-4 of the whole. Without the
 # other rank's volumes it is 0.07 off or more.
 ROUNDING = 1e-3
 STAGES = Case("global_local", "unet", (("mode", "stagewise"),))
