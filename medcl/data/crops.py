@@ -58,15 +58,19 @@ class CropDataset(Dataset):
         labelled: read labels too.
         foreground: share of the crops that must contain a voxel of a label drawn at random, so that small structures
             are seen (nnU-Net oversamples a third).
+        margin: voxels that are read beyond the crop on either side of each axis, for augmentation to move in.
 
-    A sample is a dict with `image` (1, X, Y, Z) float32, `label` (1, X, Y, Z) uint8 where asked for, and `seed`.
+    A sample is a dict with `image` (1, X, Y, Z) float32, `label` (1, X, Y, Z) uint8 where asked for, `seed`, `start` (3,)
+    first voxel of the read in the volume, and `extent` (3,) voxels of the volume. A read reaches beyond the volume where
+    the margin does or the volume is smaller: `medcl.transforms.inside` tells where it holds data.
     """
 
     def __init__(
-        self, volumes: Sequence[Path], size: Sequence[int], seed: int, labelled: bool = False, foreground: float = 0.0
-    ):
+        self, volumes: Sequence[Path], size: Sequence[int], seed: int, labelled: bool = False, foreground: float = 0.0,
+        margin: Sequence[int] = (0, 0, 0),
+    ):  # fmt: skip
         self.volumes, self.size, self.seed = list(volumes), tuple(size), seed
-        self.labelled, self.foreground = labelled, foreground
+        self.labelled, self.foreground, self.margin = labelled, foreground, tuple(margin)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=int))
 
     def volume_of(self, number: int) -> Path:
@@ -85,13 +89,16 @@ class CropDataset(Dataset):
     def __getitem__(self, number: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, 2, number])
         volume = open_volume(self.volume_of(number))
-        start = self._start(volume, rng)
+        start = [s - beyond for s, beyond in zip(self._start(volume, rng), self.margin, strict=True)]
+        read = [n + 2 * beyond for n, beyond in zip(self.size, self.margin, strict=True)]
         sample = {
-            "image": read_images(volume, [start], self.size)[0],
+            "image": read_images(volume, [start], read)[0],
             "seed": torch.tensor(int(rng.integers(0, 2**62))),
+            "start": torch.tensor(start),
+            "extent": torch.tensor(volume.shape),
         }
         if self.labelled:
-            sample["label"] = torch.from_numpy(volume.label(start, self.size))[None]
+            sample["label"] = torch.from_numpy(volume.label(start, read))[None]
         return sample
 
     def _start(self, volume: StoredVolume, rng: np.random.Generator) -> list[int]:

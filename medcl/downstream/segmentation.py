@@ -27,6 +27,7 @@ from medcl.networks.backbones import Backbone
 from medcl.precision import autocast
 from medcl.training import adamw, layer_shares
 from medcl.transforms.compose import Compose
+from medcl.transforms.inside import box_mask, data_box, repeat_edge
 
 Batch = dict[str, dict[str, Tensor]]
 
@@ -85,21 +86,25 @@ class SegmentationModule(RetrySmaller):
         return crop_loader(dataset, batches, config.workers, pin=self.device.type == "cuda")
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, index: int) -> Batch:
-        # seeds stay on the CPU: augmentation draws its parameters there
+        # these stay on the CPU: augmentation draws its parameters there, and which reads stick out is decided there
+        here = ("seed", "start", "extent")
         return {
-            part: {k: v if k == "seed" else v.to(device, non_blocking=True) for k, v in tensors.items()}
+            part: {k: v if k in here else v.to(device, non_blocking=True) for k, v in tensors.items()}
             for part, tensors in batch.items()
         }
 
     @torch.no_grad()
     def labelled_rows(self, batch: dict[str, Tensor]) -> Rows:
-        """Labelled patches as the network is to see them."""
-        image, label = batch["image"], self.channel_of[batch["label"].long()]  # type: ignore[index]
+        """Labelled patches as the network is to see them; voxels that hold no data have weight 0."""
+        image, inside = of_data(batch)
+        # 0 where there is no data, as a label moves to where nothing is
+        marks = (self.channel_of[batch["label"].long()] + 1) * inside  # type: ignore[index]
         if self.augmentation is not None:
             with torch.autocast(self.device.type, enabled=False):
-                image, label = self.augmentation(image, batch["seed"], label, spacing=self.spacing)
-        target = shares(label, self.backbone.spec.out_channels)
-        return Rows(image, target, torch.ones_like(target[:, :1]), batch["seed"], len(image))
+                image, marks = self.augmentation(image, batch["seed"], marks, spacing=self.spacing)
+        counts = (marks > 0).float()
+        target = shares((marks - 1).clamp(min=0), self.backbone.spec.out_channels)
+        return Rows(image, target, counts, batch["seed"], len(image), counts)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         rows = self.labelled_rows(batch["labelled"])
@@ -109,14 +114,17 @@ class SegmentationModule(RetrySmaller):
         if self.semi and weight is not None:
             assert self.augmentation is not None
             more = batch["unlabelled"]
-            rows = rows.with_unlabelled(self.semi.rows(more["image"], more["seed"], self.augmentation, self.spacing))
+            image, inside = of_data(more)
+            rows = rows.with_unlabelled(
+                self.semi.rows(image, more["seed"], self.augmentation, self.spacing, inside)
+            )  # fmt: skip
         if self.config.mix != "none":
             rows = rows.mix(self.config.mix, self.semi.trust(progress) if self.semi and weight is not None else 1.0)
         if self.core or (self.semi and weight is not None and self.semi.reads_features):
             logits, features = self.backbone.forward_with_features(rows.image)
         else:
             logits, features = self.backbone(rows.image), None
-        loss = dice_ce(logits[:n], rows.target[:n], rows.weight[:n])
+        loss = dice_ce(logits[:n], rows.target[:n], rows.weight[:n], rows.inside[:n])
         told = {}
         if self.semi and weight is not None:
             told = self.semi.loss(logits, features, rows)
@@ -141,6 +149,13 @@ class SegmentationModule(RetrySmaller):
             self._given, config.pretrained_lr, config.frozen,
             layer_shares(self.backbone.stages(), self._given, config.layer_decay),
         )  # fmt: skip
+
+
+def of_data(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Reads whose voxels without data repeat the nearest one with data, and which hold data, (N, 1, D, H, W) bool."""
+    image = batch["image"]
+    box = data_box(batch["start"], batch["extent"], image.shape[2:])
+    return repeat_edge(image, box), box_mask(box, image.shape[2:], image.device)
 
 
 def channel_table(label_values: Sequence[int]) -> Tensor:

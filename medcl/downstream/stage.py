@@ -35,6 +35,7 @@ from medcl.scale import await_leader, check_scale
 from medcl.seen import Seen, save_seen, seen_by, seen_in
 from medcl.training import choose_accelerator, fit, hours, resume_step, trainer_for
 from medcl.transforms.compose import StrongAugmentation, strong_augmentation
+from medcl.transforms.margin import margin_for
 from medcl.transforms.mixing import MIXES
 from medcl.transforms.random import mix
 
@@ -133,14 +134,18 @@ def finetune(config: FinetuneConfig) -> Path:
         log.info("No subject is left to validate on: the last weights are kept.")
 
     patch = round_up(plan.patch_size, backbone.multiple)
-    dataset = CropDataset([item.path for item in train], patch, config.seed + config.draw, True, FOREGROUND)
-    augmentation = None
+    augmentation, margin = None, (0, 0, 0)
     if config.augment == "strong":
-        flip = (0.5, 0.5, 0.5) if config.flip else (0.0, 0.0, 0.0)
-        augmentation = strong_augmentation(plan.modality, plan.spacing, StrongAugmentation(flip=flip))
+        preset = StrongAugmentation(flip=(0.5, 0.5, 0.5) if config.flip else (0.0, 0.0, 0.0))
+        room = [extent - n for extent, n in zip(plan.volume_size, patch, strict=True)]
+        bare = strong_augmentation(plan.modality, plan.spacing, preset)
+        margin = margin_for(bare, patch, plan.spacing, room)
+        augmentation = strong_augmentation(plan.modality, plan.spacing, preset, margin)
+    seed = config.seed + config.draw
+    dataset = CropDataset([item.path for item in train], patch, seed, True, FOREGROUND, margin)
     given = [p for name, p in backbone.net.named_parameters() if taken and name in taken.names]
     # another seed than the labelled patches have: the same would augment both alike
-    more = CropDataset([item.path for item in images], patch, mix(config.seed + config.draw, 1)) if semi else None
+    more = CropDataset([item.path for item in images], patch, mix(seed, 1), margin=margin) if semi else None
     check_parts(config.parts, backbone.spec.norm)
     backbone.parts = config.parts
     if config.compile:

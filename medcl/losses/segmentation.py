@@ -16,7 +16,9 @@ def shares(label: Tensor, classes: int) -> Tensor:
     return out.scatter_(1, label.long(), 1.0)
 
 
-def dice_ce(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+def dice_ce(
+    logits: Tensor, target: Tensor, weight: Tensor | None = None, inside: Tensor | None = None
+) -> Tensor:
     """Soft Dice loss over the foreground classes plus cross-entropy.
 
     The Dice of a class is taken over the whole batch: single patches often lack small structures. With 0 and 1 for
@@ -28,6 +30,7 @@ def dice_ce(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Ten
         weight: of every voxel, (B, 1, D, H, W). A voxel of weight 0 counts in neither part. The cross-entropy is the
             weighted sum over the number of all voxels, so that few trusted voxels teach little (as in FixMatch, Sohn
             et al., NeurIPS 2020, equation 4).
+        inside: which voxels hold data, (B, 1, D, H, W), 0 or 1: their number is what the weighted sum is divided by.
     """
     with torch.autocast(logits.device.type, enabled=False):
         log_p = torch.log_softmax(logits.float(), dim=1)
@@ -38,7 +41,8 @@ def dice_ce(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Ten
             entropy, overlap, total = entropy * weight, overlap * weight, total * weight
         space = (0, 2, 3, 4)
         dice = (2 * overlap.sum(space) + SMOOTH) / (total.sum(space) + SMOOTH)
-        return (1 - dice).mean() + entropy.mean()
+        mean = entropy.mean() if inside is None else entropy.sum() / inside.sum().clamp(min=1)
+        return (1 - dice).mean() + mean
 
 
 def consistency(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from medcl.transforms.intensity import (
 )
 from medcl.transforms.random import as_seeds, mix_seeds, name_key
 from medcl.transforms.rows import by_rows
-from medcl.transforms.spatial import RandomSpatial
+from medcl.transforms.spatial import RandomSpatial, within
 
 
 class Compose:
@@ -44,14 +44,22 @@ class Compose:
             self._streams.append(name_key(f"{name}/{seen[name]}"))
             seen[name] += 1
 
+    @property
+    def margin(self) -> tuple[int, ...]:
+        """Voxels that an input has beyond the output on either side of each axis; see `RandomSpatial`."""
+        margins = [t.margin for t in self.transforms if isinstance(t, RandomSpatial)]
+        return tuple(sum(each) for each in zip(*margins, strict=True)) if margins else (0, 0, 0)
+
     def draw(self, seeds: Tensor, shape: Sequence[int], spacing: Spacing | None = None) -> list[Params]:
         """Draws the parameters of every transform for seeds (B,) int64; see `RandomTransform.draw`."""
-        seeds = as_seeds(seeds)
+        seeds, shape = as_seeds(seeds), tuple(shape)[-3:]
         spacing = self.spacing if spacing is None else spacing
-        return [
-            transform.draw(mix_seeds(seeds, stream), shape, spacing)
-            for transform, stream in zip(self.transforms, self._streams, strict=True)
-        ]
+        drawn = []
+        for transform, stream in zip(self.transforms, self._streams, strict=True):
+            drawn.append(transform.draw(mix_seeds(seeds, stream), shape, spacing))
+            if isinstance(transform, RandomSpatial):
+                shape = within(shape, transform.margin)
+        return drawn
 
     def apply(self, image: Tensor, params: Sequence[Params]) -> Tensor:
         """Applies drawn parameters to (B, C, D, H, W)."""
@@ -62,19 +70,23 @@ class Compose:
         image, label = by_rows(self._apply_both, (image, label), params)
         return image, label
 
-    def apply_soft(self, image: Tensor, soft: Tensor, params: Sequence[Params]) -> tuple[Tensor, Tensor, Tensor]:
+    def apply_soft(
+        self, image: Tensor, soft: Tensor, params: Sequence[Params], inside: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Applies drawn parameters to an image, and moves maps of numbers, such as probabilities, along with it.
 
         Args:
             image: (B, C, D, H, W).
             soft: (B, K, D, H, W), interpolated linearly; what changes intensities leaves it alone.
             params: from `draw`.
+            inside: which voxels hold data, (B, 1, D, H, W) bool; by default all.
 
         Returns:
-            The image, the maps, and (B, 1, D, H, W) bool: whether a voxel comes from inside the volume. Outside it both
-            repeat their border.
+            The image, the maps, and (B, 1, D, H, W) bool: whether a voxel comes from one that holds data. Outside the
+            input both repeat their border.
         """
-        image, soft, inside = by_rows(self._apply_soft, (image, soft), params)
+        inside = torch.ones_like(image[:, :1], dtype=torch.bool) if inside is None else inside
+        image, soft, inside = by_rows(self._apply_soft, (image, soft, inside), params)
         return image, soft, inside
 
     def _apply(self, image: Tensor, params: Sequence[Params]) -> tuple[Tensor]:
@@ -87,8 +99,10 @@ class Compose:
             image, label = transform.apply_both(image, label, drawn)
         return image, label
 
-    def _apply_soft(self, image: Tensor, soft: Tensor, params: Sequence[Params]) -> tuple[Tensor, Tensor, Tensor]:
-        inside = torch.ones_like(image[:, :1], dtype=torch.uint8)
+    def _apply_soft(
+        self, image: Tensor, soft: Tensor, inside: Tensor, params: Sequence[Params]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inside = inside.to(torch.uint8)
         for transform, drawn in zip(self.transforms, params, strict=True):
             if isinstance(transform, RandomSpatial):
                 # one grid for all of them; a label map is padded with 0
@@ -207,7 +221,10 @@ def _intensity(modality: str, preset: StrongAugmentation | ViewIntensity) -> lis
 
 
 def strong_augmentation(
-    modality: str = "MR", spacing: Spacing = (1.0, 1.0, 1.0), preset: StrongAugmentation | None = None
+    modality: str = "MR",
+    spacing: Spacing = (1.0, 1.0, 1.0),
+    preset: StrongAugmentation | None = None,
+    margin: tuple[int, int, int] = (0, 0, 0),
 ) -> Compose:
     """Augmentation for few-label segmentation, as strong as nnU-Net's.
 
@@ -215,6 +232,7 @@ def strong_augmentation(
         modality: `MR`, `CT` or `unknown`.
         spacing: mm along D, H, W.
         preset: ranges and probabilities.
+        margin: voxels that an input has beyond the output on either side of each axis; see `margin_for`.
     """
     preset = preset or StrongAugmentation()
     spatial = RandomSpatial(
@@ -225,6 +243,7 @@ def strong_augmentation(
         elastic=(preset.elastic_distance, preset.elastic_displacement),
         p_affine=preset.p_affine,
         p_elastic=preset.p_elastic,
+        margin=margin,
     )
     last = [
         RandomLowResolution(preset.low_resolution, probability=preset.p_low_resolution),

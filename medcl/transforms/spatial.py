@@ -46,6 +46,8 @@ class RandomSpatial(RandomTransform):
         in_plane: whether to keep within slices; None decides by the spacing.
         label_mode: `nearest`, or `linear` for the class of the largest interpolated share, which has smoother outlines.
         label_padding: what labels find outside: `zeros` (background) or `border`. Images repeat their border.
+        margin: voxels that an input has beyond the output on either side of each axis. A turned or zoomed output then
+            shows what lies there, not a repeated border.
 
     Raises:
         ValueError: a range is reversed, or the displacement is large enough to fold the volume.
@@ -66,6 +68,7 @@ class RandomSpatial(RandomTransform):
         in_plane: bool | None = None,
         label_mode: Literal["nearest", "linear"] = "nearest",
         label_padding: Literal["zeros", "border"] = "zeros",
+        margin: tuple[int, int, int] = (0, 0, 0),
     ):
         super().__init__(1.0)
         self.rotate, self.shear, self.translate = _ranges(rotate_deg), _ranges(shear), _ranges(translate)
@@ -78,11 +81,12 @@ class RandomSpatial(RandomTransform):
             )
         self.scale, self.scale_per_axis, self.flip, self.elastic = scale, scale_per_axis, tuple(flip), elastic
         self.p_affine, self.p_elastic, self.in_plane = p_affine, p_elastic, in_plane
-        self.label_mode, self.label_padding = label_mode, label_padding
+        self.label_mode, self.label_padding, self.margin = label_mode, label_padding, margin
 
     def _draw(self, seeds: Tensor, shape: tuple[int, ...], spacing: tuple[float, ...]) -> Params:
         """Besides `active`: `warped` (B,), `flip` (B, 3), and the map from output to source voxels about the centre:
         `matrix` (B, 3, 3), `offset` (B, 3) and `control` (B, 3, k, l, m), displacements in voxels."""
+        shape = within(shape, self.margin)
         mm = torch.tensor(spacing, dtype=torch.float32)
         flat = max(spacing) / min(spacing) > STRONGLY_ANISOTROPIC if self.in_plane is None else self.in_plane
         thick = int(mm.argmax()) if flat else None
@@ -153,11 +157,12 @@ class RandomSpatial(RandomTransform):
 
         Args:
             params: from `draw`.
-            shape: (D, H, W) of the volumes; leading dimensions are ignored.
+            shape: (D, H, W) of the output; leading dimensions are ignored.
             device: where to compute.
 
         Returns:
-            (B, 3, D, H, W) source voxel coordinates along D, H, W; fractional, and outside the volume where padded.
+            (B, 3, D, H, W) source voxel coordinates along D, H, W, counted from the output's first voxel: fractional,
+            and outside the output's own range where the margin or padding is shown.
         """
         shape = tuple(shape)[-3:]
         centre = torch.tensor([(n - 1) / 2 for n in shape])
@@ -199,23 +204,38 @@ class RandomSpatial(RandomTransform):
         return moved, moved_label
 
     def _move(self, image: Tensor, label: Tensor | None, params: Params) -> tuple[Tensor, Tensor | None]:
+        middle = cut_margin(image, self.margin)
+        middle_label = None if label is None else cut_margin(label, self.margin)
         if not bool(params["active"].any()):
-            return image, label
-        out = image.clone()
-        out_label = None if label is None else label.clone()
+            return middle, middle_label
+        out = middle.clone()
+        out_label = None if middle_label is None else middle_label.clone()
         # a mirror image alone needs no interpolation and is exact
         for row in (params["active"] & ~params["warped"]).nonzero().squeeze(1).tolist():
             dims = [axis + 1 for axis in range(3) if params["flip"][row, axis]]
-            out[row] = image[row].flip(dims)
-            if label is not None and out_label is not None:
-                out_label[row] = label[row].flip(dims)
+            out[row] = middle[row].flip(dims)
+            if middle_label is not None and out_label is not None:
+                out_label[row] = middle_label[row].flip(dims)
         warped = params["warped"].nonzero().squeeze(1)
         # a CPU samples a volume with one thread; fewer volumes at a time keep the grids in cache (a quarter less time)
         size = torch.get_num_threads() if image.device.type == "cpu" else max(len(warped), 1)
         for chosen in warped.split(size):
             rows = chosen.to(image.device)
-            where = self.coordinates(select(params, chosen), image.shape, image.device)
+            where = self.coordinates(select(params, chosen), middle.shape, image.device)
+            for axis, beyond in enumerate(self.margin):
+                where[:, axis] += beyond
             out[rows] = sample(image[rows], where)
             if label is not None and out_label is not None:
                 out_label[rows] = self._sample_label(label[rows], where)
         return out, out_label
+
+
+def within(shape: Sequence[int], margin: Sequence[int]) -> tuple[int, ...]:
+    """The shape that is left without a margin on both sides of each axis."""
+    return tuple(n - 2 * beyond for n, beyond in zip(shape, margin, strict=True))
+
+
+def cut_margin(volume: Tensor, margin: Sequence[int]) -> Tensor:
+    """The middle of (B, C, D, H, W), without `margin` voxels on either side of each axis."""
+    x, y, z = (slice(beyond, n - beyond) for n, beyond in zip(volume.shape[2:], margin, strict=True))
+    return volume[:, :, x, y, z]

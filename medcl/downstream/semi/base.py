@@ -1,7 +1,8 @@
 """What a semi-supervised method is.
 
 A step has labelled rows and unlabelled rows. The teacher, a moving average of the student, sees the unlabelled patch as
-it was read; the student sees it strongly augmented, and what the teacher said moves along with the voxels. A method
+it was read; the student sees it strongly augmented, and what the teacher said moves along with the voxels. Voxels of which
+it said nothing, and those that hold no data, count nothing. A method
 says what to make of the teacher's probabilities (`targets`) and what to add to the supervised loss (`loss`).
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medcl.config import from_mapping
@@ -22,6 +24,7 @@ from medcl.losses.segmentation import ramp_up, shares
 from medcl.networks.backbones import Backbone
 from medcl.networks.ema import MomentumTeacher
 from medcl.transforms.compose import Compose
+from medcl.transforms.spatial import cut_margin
 
 Tensors = dict[str, Tensor]
 
@@ -82,22 +85,42 @@ class SemiMethod(nn.Module, ABC):
         return self.options.patches or max(1, labelled // 2)
 
     @torch.no_grad()
-    def rows(self, image: Tensor, seed: Tensor, augmentation: Compose, spacing: Sequence[float]) -> Rows:
-        """Unlabelled patches (N, 1, D, H, W) as the student is to see them, with what the teacher says of them."""
-        target, weight = self.targets(torch.softmax(self.teacher.module(image).float(), dim=1))
+    def rows(
+        self, image: Tensor, seed: Tensor, augmentation: Compose, spacing: Sequence[float], inside: Tensor | None = None
+    ) -> Rows:
+        """Unlabelled patches as the student is to see them, with what the teacher says of them.
+
+        Args:
+            image: reads (N, 1, D, H, W), with the margin of `augmentation`. The teacher sees their middle.
+            seed: (N,) int64.
+            augmentation: of the student's patches.
+            spacing: mm along D, H, W.
+            inside: which voxels hold data, (N, 1, D, H, W) bool; by default all.
+        """
+        margin = augmentation.margin
+        said = torch.ones_like(image[:, :1], dtype=torch.bool) if inside is None else inside
+        patch = cut_margin(image, margin)
+        target, weight = self.targets(torch.softmax(self.teacher.module(patch).float(), dim=1))
+        around = [beyond for beyond in reversed(margin) for _ in range(2)]
+        said = F.pad(cut_margin(said, margin), around)  # nothing is said of the margin
         with torch.autocast(image.device.type, enabled=False):
             params = augmentation.draw(seed, image.shape, spacing)
             if self.hard:
                 # as true labels move. Interpolated shares, made into labels afterwards, would lose a little of every
                 # convex end; the teacher learns from its own labels again, and structures wear off
-                marks = (target.argmax(1, keepdim=True) + 1) * weight.long()  # 0: does not count, as outside the patch
+                labels = F.pad(target.argmax(1, keepdim=True) + 1, around)
+                # 0 holds no data, 1 is not trusted, from 2 on the classes
+                marks = (1 + labels * F.pad(weight, around).long()) * said
                 image, marks = augmentation.apply_both(image, marks, params)
-                target, weight = shares((marks - 1).clamp(min=0), target.shape[1]), (marks > 0).float()
+                target = shares((marks - 2).clamp(min=0), target.shape[1])
+                weight, counts = (marks > 1).float(), (marks > 0).float()
             else:
-                image, both, inside = augmentation.apply_soft(image, torch.cat([target, weight], dim=1), params)
+                soft = F.pad(torch.cat([target, weight], dim=1), around, mode="replicate")
+                image, both, found = augmentation.apply_soft(image, soft, params, said)
                 target, weight = both.split([target.shape[1], 1], dim=1)
-                weight = weight * inside
-        return Rows(image, target, weight, seed, labelled=0)
+                counts = found.float()
+                weight = weight * counts
+        return Rows(image, target, weight, seed, 0, counts)
 
     def weight(self, progress: float) -> float | None:
         """Weight of the unlabelled loss after this share of the steps; None before `start`, when nothing is read."""

@@ -57,7 +57,8 @@ class SelfTraining(SemiMethod):
         return (shares(label, probabilities.shape[1]) if self.hard else probabilities), weight
 
     def loss(self, logits: Tensor, features: Tensor | None, rows: Rows) -> Tensors:
-        """`loss` over the unlabelled rows, and `trusted`: the share of their voxels that count."""
+        """`loss` over the unlabelled rows, and `trusted`: the share of their voxels that count, of those with data."""
         n = rows.labelled
-        weight = rows.weight[n:]
-        return {"loss": dice_ce(logits[n:], rows.target[n:], weight), "trusted": weight.mean()}
+        weight, inside = rows.weight[n:], rows.inside[n:]
+        trusted = weight.sum() / inside.sum().clamp(min=1)
+        return {"loss": dice_ce(logits[n:], rows.target[n:], weight, inside), "trusted": trusted}
