@@ -39,7 +39,7 @@ def protocol(manifest: Manifest) -> Manifest:
 
 
 def main(scans: str, out: Path, spacing: float, side: int, recipe: Path, on: str) -> None:
-    from medcl.data.stage import load_source
+    from medcl.data.stage import load_source, plan_for
     from medcl.evaluation.efficiency import print_benchmark
     from medcl.parsing import parse
     from medcl.report.benchmark import write_benchmark_report
@@ -47,7 +47,7 @@ def main(scans: str, out: Path, spacing: float, side: int, recipe: Path, on: str
     manifest = protocol(load_source(scans))
     manifest.save(out / "protocol.json")
     thickness = derive_plan(manifest).spacing[2]
-    plan = derive_plan(manifest, spacing=(spacing, spacing, thickness))
+    plan = plan_for(manifest, "", device="cpu", spacing=(spacing, spacing, thickness))
     side = min(side, min(plan.volume_size[:2])) // 16 * 16  # a multiple of the network's stride
     patch = (side, side, plan.patch_size[2])
     replace(plan.slicewise(), patch_size=patch).save(out / "slices.json")

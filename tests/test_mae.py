@@ -14,7 +14,7 @@ from medcl.errors import MedclError
 from medcl.losses import masked
 from medcl.networks.backbones import BACKBONES, BackboneSpec, build_backbone
 from medcl.networks.masked import MaskedEncoder
-from medcl.pretext.mae import MAE, block_size, inside_volume, read_size
+from medcl.pretext.mae import MAE, block_size, read_size
 
 SMALL = {"unet": (16, 16, 16), "dynunet": (16, 16, 16), "swin_unetr": (32, 32, 64)}
 PLAN = Plan(volume_size=(35, 50, 36), patch_size=(40, 56, 40), strides=((2, 2, 2),) * 3)
@@ -263,12 +263,6 @@ def test_flips_move_image_and_padding_alike_and_targets_follow_the_input():
 
 
 # ---- sizes and refusals ----------------------------------------------------------------------------------------------
-
-
-def test_inside_is_where_the_volume_is():
-    inside = inside_volume(torch.tensor([[-2, 3, 0]]), torch.tensor([[4, 6, 9]]), (8, 4, 3))[0, 0]
-    for i, j, k in itertools.product(range(8), range(4), range(3)):
-        assert bool(inside[i, j, k]) == (0 <= i - 2 < 4 and 0 <= j + 3 < 6 and 0 <= k < 9)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class Plan:
             percentiles and scales its foreground to mean 0 and standard deviation 1.
         window: lower and upper HU of the `ct` normalisation.
         n4: whether the MRI bias field is corrected first.
-        volume_size: median voxels of the volumes after resampling.
+        volume_size: median voxels of the volumes after cropping and resampling.
         patch_size: voxels of a fine-tuning patch, a multiple of the total stride.
         strides: down-sampling factors of the network, finest level first.
         labels: name of every foreground label.
@@ -180,6 +180,8 @@ def derive_plan(
 ) -> Plan:
     """Derives a plan from the headers of a manifest's cases.
 
+    Its sizes are those of whole volumes, air included: `medcl.data.stage.plan_for` measures what cropping leaves.
+
     Args:
         manifest: what to plan for; only headers are used, so no label or test intensity enters.
         spacing: voxel size in mm to use instead of the derived one.
@@ -203,20 +205,28 @@ def derive_plan(
     axes = [canonical_axes(case) for case in manifest.cases]
     shapes, spacings = np.array([a[0] for a in axes]), np.array([a[1] for a in axes])
     target = np.asarray(spacing, float) if spacing else target_spacing(spacings)
-    volume = np.maximum(np.round(np.median(shapes * spacings / target, axis=0)), 1)
-    patch = patch_for(volume.tolist(), target.tolist(), PATCH_VOXELS[device])
-    strides = strides_for(patch, list(target))
     mm = [round(float(s), 4) for s in target]
     plan = Plan(
         modality=modality,
         spacing=(mm[0], mm[1], mm[2]),
         normalise="ct" if modality == "CT" else "robust",
         n4=n4 and modality != "CT",
-        volume_size=(int(volume[0]), int(volume[1]), int(volume[2])),
-        patch_size=(patch[0], patch[1], patch[2]),
-        strides=strides,
         labels={value: name for value, name in manifest.label_names.items() if value},
     )
-    plan = replace(plan, patch_size=round_up(plan.patch_size, plan.total_stride))
+    return sized(plan, shapes * spacings / target, device)
+
+
+def sized(plan: Plan, shapes: np.ndarray, device: str) -> Plan:
+    """The plan with volume, patch and strides for volumes of these voxels, (n, 3), at its spacing.
+
+    Args:
+        plan: of which spacing and preparation are kept.
+        shapes: of the volumes after cropping, as far as they are known.
+        device: `cpu` or `gpu`: how many voxels a patch may have.
+    """
+    volume = np.maximum(np.round(np.median(shapes, axis=0)), 1).astype(int).tolist()
+    patch = patch_for(volume, plan.spacing, PATCH_VOXELS[device])
+    plan = replace(plan, volume_size=tuple(volume), strides=strides_for(patch, plan.spacing))
+    plan = replace(plan, patch_size=round_up(patch, plan.total_stride))
     plan.check()
     return plan

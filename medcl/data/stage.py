@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medcl.config import PrepareConfig, ScanConfig
 from medcl.data.case import Case, Manifest
 from medcl.data.io import read_volume
-from medcl.data.plan import Plan, derive_plan
+from medcl.data.plan import Plan, derive_plan, sized
 from medcl.data.prepare import AIR, Stored
 from medcl.data.prepare import prepare as prepare_volumes
 from medcl.data.scan import scan as scan_folder
@@ -21,6 +23,7 @@ from medcl.errors import MedclError
 from medcl.run import log
 
 SAMPLED = 5  # volumes read to guess the modality
+MEASURED = 32  # volumes prepared to plan sizes
 SHOWN = 5  # problems told one by one; the rest stand in manifest.json
 
 
@@ -83,9 +86,33 @@ def tell_problems(manifest: Manifest, before: int = 0) -> None:
         log.warning("... and %d more, all in manifest.json.", len(problems) - SHOWN)
 
 
-def plan_for(manifest: Manifest, plan: str, *, device: str, n4: bool = False, spacing: Any = None) -> Plan:
-    """The plan a user names, or one derived from the headers."""
-    return Plan.load(plan) if plan else derive_plan(manifest, spacing=spacing, n4=n4, device=device)
+def plan_for(
+    manifest: Manifest, plan: str, *, device: str, n4: bool = False, spacing: Any = None, store: str = "",
+    workers: int = 0,
+) -> Plan:  # fmt: skip
+    """The plan a user names, or one derived: spacing from all headers, sizes from what cropping leaves of volumes."""
+    if plan:
+        return Plan.load(plan)
+    return measured(manifest, derive_plan(manifest, spacing=spacing, n4=n4, device=device), device, store, workers)
+
+
+def measured(manifest: Manifest, plan: Plan, device: str, store: str = "", workers: int = 0) -> Plan:
+    """The plan with sizes for volumes as they are prepared: cropped to the foreground, as nnU-Net plans.
+
+    Up to `MEASURED` volumes, evenly spaced in the manifest, are prepared into the store, where the stage finds them
+    again. Their extents enter, and no intensity or label does.
+    """
+    count = len(manifest.cases)
+    some = [manifest.cases[i] for i in sorted({int((k + 0.5) * count / MEASURED) for k in range(MEASURED)})]
+    try:
+        stored, _ = prepare_volumes(manifest.with_cases(tuple(some)), plan, store=store, workers=workers)
+    except MedclError as error:
+        if error.__cause__ is not None:  # the store cannot be written
+            raise
+        log.warning("None of %d volumes could be prepared to measure them: sizes are those of the headers.", len(some))
+        return plan
+    shapes = np.array([read_meta(item.path)["shape"] for item in stored])
+    return sized(plan, shapes, device)
 
 
 def prepare_all(
@@ -139,7 +166,10 @@ def prepare(config: PrepareConfig) -> tuple[list[Stored], Plan]:
     manifest = load_source(config.source, config.channel)
     log.info("%s: %s.", config.source, describe(manifest))
     tell_problems(manifest)
-    plan = plan_for(manifest, config.plan, device="cpu", n4=config.n4, spacing=config.spacing)
+    plan = plan_for(
+        manifest, config.plan, device="cpu", n4=config.n4, spacing=config.spacing, store=config.store,
+        workers=config.workers,
+    )  # fmt: skip
     stored, _ = prepare_all(manifest, plan, config.store, config.workers, dask=config.dask)
     root = store_folder(config.store)
     if not config.plan:

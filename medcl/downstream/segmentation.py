@@ -154,7 +154,7 @@ class SegmentationModule(RetrySmaller):
 def of_data(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Reads whose voxels without data repeat the nearest one with data, and which hold data, (N, 1, D, H, W) bool."""
     image = batch["image"]
-    box = data_box(batch["start"], batch["extent"], image.shape[2:])
+    box = data_box(batch)
     return repeat_edge(image, box), box_mask(box, image.shape[2:], image.device)
 
 

@@ -18,7 +18,7 @@ from medcl.data.plan import Plan, derive_plan, round_up
 from medcl.data.prepare import Stored
 from medcl.data.signature import subject_hash
 from medcl.data.splits import begun_split, cases_of, draw_labelled, make_split
-from medcl.data.stage import describe, load_source, plan_for, prepare_all, tell_problems
+from medcl.data.stage import describe, load_source, measured, plan_for, prepare_all, tell_problems
 from medcl.data.store import read_meta
 from medcl.downstream.segmentation import SegmentationModule, Validate
 from medcl.downstream.semi.base import SemiMethod
@@ -218,7 +218,7 @@ def choose_plan(manifest: Manifest, config: FinetuneConfig, contract: Contract |
     Spacing, normalisation and strides belong to the weights; patch size and labels belong to the task.
     """
     if config.plan or contract is None:
-        plan = plan_for(manifest, config.plan, device=device, n4=config.n4)
+        plan = plan_for(manifest, config.plan, device=device, n4=config.n4, store=config.store)
         if 2 in (config.spatial_dims, contract.backbone.spatial_dims if contract else 3):
             plan = plan.slicewise()
         if contract and plan.preparation() != contract.plan.preparation():
@@ -237,7 +237,8 @@ def choose_plan(manifest: Manifest, config: FinetuneConfig, contract: Contract |
             f"was pretrained on {kept.modality}, this folder holds the other modality", config.init,
             "Use --init none, or pretrain on such scans.",
         )  # fmt: skip
-    own = derive_plan(manifest, spacing=kept.spacing, device=device)
+    headers = derive_plan(manifest, spacing=kept.spacing, device=device)
+    own = measured(manifest, replace(kept, labels=headers.labels), device, config.store)
     patch = round_up(own.patch_size, kept.total_stride)
     return replace(kept, patch_size=patch, volume_size=own.volume_size, labels=own.labels)
 

@@ -21,6 +21,7 @@ from medcl.data.store import open_volume
 from medcl.networks.backbones import Backbone
 from medcl.networks.heads import pooled_pyramid
 from medcl.transforms.correspondence import sample_at, view_to_map
+from medcl.transforms.inside import box_mask, data_box
 
 NEIGHBOURS = 10
 RIDGE = 1e-2  # of the number of rows: features have unit variance
@@ -52,6 +53,8 @@ def probe_data(
 ) -> ProbeData:
     """Draws patches, half of them around labelled voxels, and in each as many voxels of every class, background too.
 
+    Only voxels of the volume are told: where a patch reaches beyond it, there is no class.
+
     Args:
         volumes: subject and folder in the store.
         values: label value of every class but the background.
@@ -67,11 +70,12 @@ def probe_data(
         for number in range(PATCHES if math.prod(extent) > math.prod(size) else 1):
             patch = patches[number]
             label = patch["label"][0].numpy()
-            told = np.zeros(label.shape, dtype=np.int64)
+            inside = box_mask(data_box({k: v[None] for k, v in patch.items()}), size)[0, 0].numpy()
+            told = np.where(inside, 0, -1)
             for channel, value in enumerate(values, 1):
                 told[label == value] = channel
             places, kinds = [], []
-            for kind in np.unique(told):
+            for kind in np.unique(told[inside]):
                 found = np.argwhere(told == kind)
                 some = found[rng.permutation(len(found))[:VOXELS]]
                 places.append(some)
@@ -79,7 +83,7 @@ def probe_data(
             images.append(patch["image"])
             voxels.append(torch.from_numpy(np.concatenate(places)).float())
             classes.append(torch.from_numpy(np.concatenate(kinds)))
-            counts = np.bincount(told.ravel(), minlength=len(values) + 1)
+            counts = np.bincount(told[inside], minlength=len(values) + 1)
             shares.append(torch.from_numpy(counts / counts.sum()).float())
             owners.append(names.index(subject))
     return ProbeData(torch.stack(images), tuple(voxels), tuple(classes), torch.stack(shares), torch.tensor(owners))

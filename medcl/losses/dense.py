@@ -27,7 +27,7 @@ def close_pairs(one: Tensor, other: Tensor, diagonal: Tensor, threshold: float) 
     return distance < threshold * diagonal[:, None, None]
 
 
-def propagate(x: Tensor, transformed: Tensor, gamma: float) -> Tensor:
+def propagate(x: Tensor, transformed: Tensor, gamma: float, inside: Tensor | None = None) -> Tensor:
     """y_i = sum over j of max(cos(x_i, x_j), 0)^gamma g(x_j): every voxel smoothed over those that look like it.
 
     Equation 2. In float32 under any autocast.
@@ -36,10 +36,12 @@ def propagate(x: Tensor, transformed: Tensor, gamma: float) -> Tensor:
         x: embeddings (N, P, d).
         transformed: g(x), (N, P, d).
         gamma: sharpness, 2 in the paper.
+        inside: which voxels j hold data and are summed over, (N, P) bool; by default all.
     """
     with torch.autocast(x.device.type, enabled=False):
         # a root has no gradient at 0, and two voxels may well be orthogonal
-        return cosine(x, x).clamp(min=0).pow(gamma) @ transformed.float()
+        alike = cosine(x, x).clamp(min=0).pow(gamma)
+        return (alike if inside is None else alike * inside[:, None]) @ transformed.float()
 
 
 def propagation_loss(y: Tensor, teacher: Tensor, close: Tensor) -> Tensor:
@@ -60,12 +62,22 @@ def propagation_loss(y: Tensor, teacher: Tensor, close: Tensor) -> Tensor:
     return -each.sum() / (count > 0).sum().clamp(min=1)
 
 
-def dense_contrast(x: Tensor, teacher: Tensor, close: Tensor, temperature: float) -> Tensor:
+def dense_contrast(
+    x: Tensor, teacher: Tensor, close: Tensor, temperature: float, apart: Tensor | None = None
+) -> Tensor:
     """PixContrast: voxels of one view against the other view's, those that show the same place being positive.
 
     Mean of both directions. A term for every positive pair, with that pair alone in the numerator and all that show
     another place beside it in the denominator; the paper sums an anchor's positives inside the logarithm.
+
+    Args:
+        x: embeddings of the student, (N, 2, P, d).
+        teacher: embeddings of the teacher, (N, 2, P, d), without gradient.
+        close: (N, P, P); see `close_pairs`.
+        temperature: of the similarities.
+        apart: which pairs show different places, (N, P, P) bool; by default all that are not close.
     """
     teacher = teacher.detach()
-    one = contrast(x[:, 0], teacher[:, 1], close, ~close, temperature)
-    return 0.5 * (one + contrast(x[:, 1], teacher[:, 0], close.mT, ~close.mT, temperature))
+    apart = ~close if apart is None else apart
+    one = contrast(x[:, 0], teacher[:, 1], close, apart, temperature)
+    return 0.5 * (one + contrast(x[:, 1], teacher[:, 0], close.mT, apart.mT, temperature))

@@ -56,7 +56,9 @@ def nearest_apart(corners: Tensor, extent: Sequence[int], spacing: Sequence[floa
     return chosen & apart
 
 
-def local_masks(strategy: str, near: Tensor, valid: Tensor, volume: Tensor, partition: Tensor) -> tuple[Tensor, Tensor]:
+def local_masks(
+    strategy: str, near: Tensor, valid: Tensor, volume: Tensor, partition: Tensor, inside: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Positive and negative pairs among the regions of N reads in two views: (2 N R, 2 N R) bool each.
 
     LR: a region and the same place in the other view of its read are positive, the regions near it, in both views of
@@ -68,6 +70,8 @@ def local_masks(strategy: str, near: Tensor, valid: Tensor, volume: Tensor, part
         valid: whether the second view shows the place of a region, (N, R).
         volume: a read's volume, (N,).
         partition: a read's partition, (N,).
+        inside: whether the place of a region holds data, (N, R) bool: else it takes no part in either view. By default
+            all do.
 
     Rows are ordered by read, view and region, the region fastest.
     """
@@ -76,7 +80,8 @@ def local_masks(strategy: str, near: Tensor, valid: Tensor, volume: Tensor, part
     read = torch.arange(n, device=device).repeat_interleave(2 * r)
     view = torch.arange(2, device=device).repeat_interleave(r).repeat(n)
     region = torch.arange(r, device=device).repeat(2 * n)
-    seen = torch.stack([torch.ones_like(valid), valid], dim=1).flatten()
+    inside = torch.ones_like(valid) if inside is None else inside
+    seen = torch.stack([inside, valid & inside], dim=1).flatten()
     usable = seen[:, None] & seen
     same_read, same_region = read[:, None] == read, region[:, None] == region
     positive = same_read & same_region & (view[:, None] != view)
@@ -88,14 +93,16 @@ def local_masks(strategy: str, near: Tensor, valid: Tensor, volume: Tensor, part
 
 
 def local_loss(
-    strategy: str, z: Tensor, near: Tensor, valid: Tensor, volume: Tensor, partition: Tensor, temperature: float
-) -> Tensor:
+    strategy: str, z: Tensor, near: Tensor, valid: Tensor, volume: Tensor, partition: Tensor, temperature: float,
+    inside: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Contrast over regions (N, 2, R, d); see `local_masks`. LR works read by read, which needs no large matrix."""
     if strategy == "LD":
         rows = z.flatten(0, 2)
-        return contrast(rows, rows, *local_masks(strategy, near, valid, volume, partition), temperature)
+        return contrast(rows, rows, *local_masks(strategy, near, valid, volume, partition, inside), temperature)
+    inside = torch.ones_like(valid) if inside is None else inside
     one = torch.zeros(1, dtype=torch.long, device=z.device)
-    masks = [local_masks(strategy, near, row[None], one, one) for row in valid]
+    masks = [local_masks(strategy, near, v[None], one, one, i[None]) for v, i in zip(valid, inside, strict=True)]
     positive, negative = (torch.stack(each) for each in zip(*masks, strict=True))
     rows = z.flatten(1, 2)
     return contrast(rows, rows, positive, negative, temperature)

@@ -11,20 +11,50 @@ from torch import Tensor, nn
 from medcl.networks.ranks import sum_over_ranks, world_size
 
 
-def pooled_pyramid(features: Sequence[Tensor]) -> Tensor:
+def shares_inside(inside: Tensor, size: Sequence[int]) -> Tensor:
+    """Share of every voxel of a coarser map, (B, 1, *size) float32, that holds data, (B, 1, D, H, W)."""
+    return F.adaptive_avg_pool3d(inside.float(), tuple(size))
+
+
+def pooled_pyramid(features: Sequence[Tensor], inside: Tensor | None = None) -> Tensor:
     """Global average of every map of the pyramid, side by side: (B, sum of channels).
 
     All levels, not only the coarsest: the released VoCo pools the skip encoders as well, and so gradient reaches each
     level directly.
+
+    Args:
+        features: maps (B, C_i, D_i, H_i, W_i).
+        inside: which voxels of the network's input hold data, (B, 1, D, H, W): a voxel of a map counts by the share of
+            it that does. By default all hold data.
     """
-    return torch.cat([feature.flatten(2).mean(2) for feature in features], dim=1)
+    if inside is None:
+        return torch.cat([feature.flatten(2).mean(2) for feature in features], dim=1)
+    return torch.cat([_weighted_mean(feature, shares_inside(inside, feature.shape[2:])) for feature in features], dim=1)
 
 
-def some_voxels(feature: Tensor, count: int = 8) -> Tensor:
-    """Features (B * count, C) at voxels spread evenly over the numbering of a map (B, C, D, H, W)."""
+def _weighted_mean(feature: Tensor, weight: Tensor) -> Tensor:
+    """Mean over space of (B, C, ...) under weights (B, 1, ...): (B, C); 0 where all weights are 0."""
+    with torch.autocast(feature.device.type, enabled=False):
+        rows, column = feature.flatten(2), weight.flatten(2).to(feature.dtype).mT
+        return (rows @ column).squeeze(2) / weight.flatten(1).sum(1, keepdim=True).clamp(min=1e-6).to(feature.dtype)
+
+
+def some_voxels(feature: Tensor, count: int = 8, inside: Tensor | None = None) -> Tensor:
+    """Features (B * count, C) at voxels spread evenly over the numbering of a map (B, C, D, H, W).
+
+    Args:
+        feature: the map.
+        count: voxels of every row.
+        inside: which voxels of the map may be taken, (B, voxels) bool; by default all. A row without any takes all.
+    """
     rows = feature.flatten(2)
-    places = torch.linspace(0, rows.shape[2] - 1, count + 2, device=rows.device).round().long()[1:-1]
-    return rows[:, :, places].mT.flatten(0, 1).float()
+    if inside is None:
+        inside = torch.ones(len(rows), rows.shape[2], dtype=torch.bool, device=rows.device)
+    inside = inside | ~inside.any(1, keepdim=True)
+    order = (~inside).to(torch.uint8).argsort(dim=1, stable=True)  # those that may be taken first
+    share = torch.linspace(0, 1, count + 2, device=rows.device)[1:-1]
+    places = order.gather(1, (share * (inside.sum(1, keepdim=True) - 1)).round().long())
+    return rows.gather(2, places[:, None].expand(-1, rows.shape[1], -1)).mT.flatten(0, 1).float()
 
 
 class JoinedBatchNorm(nn.Module):

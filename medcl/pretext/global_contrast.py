@@ -96,19 +96,20 @@ class GlobalContrast(PretextTask):
         return f"{self.options.strategy} on {grid} partitions, views of {size} voxels"
 
     def views(self, batch: Tensors) -> Tensors:
-        """`view` (N, V, 1, *size) of N reads, and their `volume` and `partition` (N,)."""
-        image, seeds = batch["image"], batch["seed"]
+        """`view` (N, V, 1, *size) of N reads, which voxels of them hold data, `inside`, and their `volume` and
+        `partition` (N,)."""
         original = self.options.strategy != "GR"  # is one of the versions
         shown = [
-            (self.plain if original and number == 0 else self.view)(image, seeds, number)[0]
+            (self.plain if original and number == 0 else self.view).of_reads(batch, number)
             for number in range(VERSIONS[self.options.strategy])
         ]
-        return {"view": torch.stack(shown, dim=1), "volume": batch["volume"], "partition": batch["place"]}
+        images, _, inside = (torch.stack(each, dim=1) for each in zip(*shown, strict=True))
+        return {"view": images, "inside": inside, "volume": batch["volume"], "partition": batch["place"]}
 
     def embed(self, views: Tensors) -> tuple[Tensors, Tensors]:
         n, versions = views["view"].shape[:2]
         pixels = enlarged(views["view"].flatten(0, 1), self.input_size)
-        features = pooled_pyramid(self.backbone.encode(pixels))
+        features = pooled_pyramid(self.backbone.encode(pixels), views["inside"].flatten(0, 1))
         z = self.projection_head(features).float()
         marks = {"volume": views["volume"], "partition": views["partition"], "features": features.float()}
         return {"z": z.view(n, versions, -1)}, marks

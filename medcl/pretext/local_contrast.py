@@ -18,13 +18,14 @@ from medcl.data.plan import Plan
 from medcl.errors import MedclError
 from medcl.losses.local_contrast import STRATEGIES, local_loss, local_masks, nearest_apart, region_corners
 from medcl.networks.backbones import Backbone
-from medcl.networks.heads import PointwiseHead, some_voxels
+from medcl.networks.heads import PointwiseHead, shares_inside, some_voxels
 from medcl.pretext.base import Pairs, PretextTask, Tensors, Triple
 from medcl.pretext.checks import Checks
 from medcl.pretext.global_contrast import check_partitions, check_reads
 from medcl.pretext.sizes import enlarged, network_input, view_size
 from medcl.transforms.compose import INTENSITY
 from medcl.transforms.correspondence import affine_of, grid_points, into, map_to_view, sample_at, view_to_map
+from medcl.transforms.inside import data_box, inside_at
 from medcl.transforms.views import RandomView
 
 
@@ -132,11 +133,18 @@ class LocalContrast(PretextTask):
         )
 
     def views(self, batch: Tensors) -> Tensors:
-        """`view` (N, 2, 1, *size), and its affine map to the read: `matrix` (N, 2, 3, 3) and `origin` (N, 2, 3)."""
-        shown = [self.view(batch["image"], batch["seed"], number) for number in range(2)]
-        maps = [affine_of(where) for _, where in shown]
+        """`view` (N, 2, 1, *size), and its affine map to the read: `matrix` (N, 2, 3, 3) and `origin` (N, 2, 3).
+
+        Also where the read holds data, `low` and `high` (N, 3), and which voxels of the views do, `inside`.
+        """
+        shown = [self.view.of_reads(batch, number) for number in range(2)]
+        maps = [affine_of(where) for _, where, _ in shown]
+        low, high = (edge.to(batch["image"].device) for edge in data_box(batch))
         return {
-            "view": torch.stack([image for image, _ in shown], dim=1),
+            "low": low,
+            "high": high,
+            "view": torch.stack([image for image, _, _ in shown], dim=1),
+            "inside": torch.stack([inside for _, _, inside in shown], dim=1),
             "matrix": torch.stack([matrix for matrix, _ in maps], dim=1),
             "origin": torch.stack([origin for _, origin in maps], dim=1),
             "volume": batch["volume"],
@@ -153,8 +161,19 @@ class LocalContrast(PretextTask):
         decoded = decoded.view(n, 2, *decoded.shape[1:])
         points, inside = self.corresponding(views["matrix"], views["origin"])
         z = torch.stack([self._regions(decoded[:, view], points[:, view]) for view in range(2)], dim=1)
-        marks = {"valid": inside, "volume": views["volume"], "partition": views["partition"]}
-        return {"z": z}, {**marks, "features": some_voxels(dense)}
+        marks = {
+            "valid": inside, "inside": self.with_data(views), "volume": views["volume"],
+            "partition": views["partition"],
+        }  # fmt: skip
+        some = shares_inside(views["inside"].flatten(0, 1), dense.shape[2:]).flatten(1) > 0.5
+        return {"z": z}, {**marks, "features": some_voxels(dense, inside=some)}
+
+    def with_data(self, views: Tensors) -> Tensor:
+        """Whether all voxels of a region of the first view show data, (N, R)."""
+        n, (r, v) = len(views["low"]), self.points.shape[:2]
+        points = map_to_view(self.points.view(r * v, 3), self.step)
+        places = points @ views["matrix"][:, 0].float().mT + views["origin"][:, 0, None].float()
+        return inside_at(places.mT, (views["low"], views["high"])).view(n, r, v).all(-1)
 
     def corresponding(self, matrix: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
         """Where the voxels of the first view's regions lie on both maps (N, 2, R, V, 3); inside the second? (N, R)."""
@@ -179,12 +198,14 @@ class LocalContrast(PretextTask):
         return {
             "loss": local_loss(
                 chosen.strategy, z["z"], self.near, marks["valid"], marks["volume"], marks["partition"],
-                chosen.temperature,
+                chosen.temperature, marks["inside"],
             )
         }  # fmt: skip
 
     def pairs(self, views: Tensors, z: Tensors, marks: Tensors) -> Pairs:
-        masks = local_masks(self.options.strategy, self.near, marks["valid"], marks["volume"], marks["partition"])
+        masks = local_masks(
+            self.options.strategy, self.near, marks["valid"], marks["volume"], marks["partition"], marks["inside"]
+        )
         positive, negative = (mask | mask.mT for mask in masks)
         return Pairs(z["z"].flatten(0, 2), positive, negative, marks["features"])
 

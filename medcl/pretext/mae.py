@@ -32,6 +32,7 @@ from medcl.networks.masked import MaskedEncoder, ReconstructionHead, token_size
 from medcl.pretext.base import Pairs, PretextTask, Tensors, Triple
 from medcl.pretext.checks import Checks
 from medcl.transforms.compose import ViewIntensity, view_intensity
+from medcl.transforms.inside import box_mask, data_box, repeat_edge
 from medcl.transforms.random import uniform
 
 CHOICES = {"loss": ("mse", "l1"), "normalise": ("none", "block"), "intensity": ("none", "weak")}
@@ -96,8 +97,10 @@ class MAE(PretextTask):
 
     def views(self, batch: Tensors) -> Tensors:
         """Crops (B, 1, *size), which voxels lie in the volume (B, 1, *size), hidden blocks (B, K) and others (B, K)."""
-        image, seeds = batch["image"], batch["seed"]
-        inside = inside_volume(batch["start"], batch["extent"], self.read_size)
+        seeds, box = batch["seed"], data_box(batch)
+        # intensity changes look at the whole crop
+        image = repeat_edge(batch["image"], box)
+        inside = box_mask(box, self.read_size, image.device)
         flips = uniform(seeds, "mae.flip", 3).to(image.device) < self.options.flip
         for axis in range(3):
             mirrored = flips[:, axis].view(-1, 1, 1, 1, 1)
@@ -126,7 +129,7 @@ class MAE(PretextTask):
             "hidden": hidden,
             "image": image,
             "seen": seen,
-            "features": pooled_pyramid(features).float(),
+            "features": pooled_pyramid(features, views["inside"]).float(),
         }
         return {"prediction": prediction}, marks
 
@@ -163,20 +166,11 @@ class MAE(PretextTask):
 
         Training compares none; the second mask is encoded here, which only a logged step pays for.
         """
-        other = pooled_pyramid(self.encoder(views["image"], self._seen(views, views["other"]))).float()
+        features = self.encoder(views["image"], self._seen(views, views["other"]))
+        other = pooled_pyramid(features, views["inside"]).float()
         both = torch.cat([marks["features"], other])
         same = torch.eye(len(other), dtype=torch.bool, device=other.device).repeat(2, 2)
         return Pairs(both, same & ~torch.eye(len(both), dtype=torch.bool, device=other.device), ~same)
-
-
-def inside_volume(start: Tensor, extent: Tensor, size: Triple) -> Tensor:
-    """Which voxels of reads at `start` (B, 3) lie in volumes of `extent` (B, 3): (B, 1, *size) bool."""
-    rows = []
-    for axis, n in enumerate(size):
-        place = start[:, axis, None] + torch.arange(n, device=start.device)
-        rows.append((place >= 0) & (place < extent[:, axis, None]))
-    x, y, z = rows
-    return (x[:, :, None, None] & y[:, None, :, None] & z[:, None, None, :])[:, None]
 
 
 def read_size(plan: Plan, multiple: Triple, size: Triple | None = None) -> Triple:

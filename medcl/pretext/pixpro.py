@@ -18,7 +18,7 @@ from medcl.errors import MedclError
 from medcl.losses.dense import close_pairs, dense_contrast, propagate, propagation_loss
 from medcl.networks.backbones import Backbone
 from medcl.networks.ema import MomentumTeacher, cosine_momentum
-from medcl.networks.heads import PointwiseHead, some_voxels
+from medcl.networks.heads import PointwiseHead, shares_inside, some_voxels
 from medcl.pretext.base import Pairs, PretextTask, Tensors
 from medcl.pretext.checks import Checks
 from medcl.pretext.sizes import enlarged, network_input, view_size
@@ -104,16 +104,18 @@ class PixPro(PretextTask):
         return f"{self.options.form} on a map of {size} voxels {place}, two views of {view} voxels a volume"
 
     def views(self, batch: Tensors) -> Tensors:
-        """`view` (N, 2, 1, *size), the map voxels' centres `mm` (N, 2, P, 3), and a map voxel's `diagonal` (N, 2)."""
-        shown = [self.view(batch["image"], batch["seed"], number) for number in range(2)]
+        """`view` (N, 2, 1, *size), the map voxels' centres `mm` (N, 2, P, 3), which of them show data, `inside`
+        (N, 2, P), and a map voxel's `diagonal` (N, 2)."""
+        shown = [self.view.of_reads(batch, number) for number in range(2)]
         points = map_to_view(grid_points(self.map_size, self.step.device), self.step)
         centres, diagonals = [], []
-        for _, where in shown:
+        for _, where, _ in shown:
             matrix, origin = affine_of(where)
             centres.append((points @ matrix.mT + origin[:, None]) * self.spacing)
             diagonals.append((matrix @ torch.diag(self.step) * self.spacing[:, None]).square().sum((1, 2)).sqrt())
         return {
-            "view": torch.stack([image for image, _ in shown], dim=1),
+            "view": torch.stack([image for image, _, _ in shown], dim=1),
+            "inside": torch.stack([mostly_inside(inside, self.map_size) for _, _, inside in shown], dim=1),
             "mm": torch.stack(centres, dim=1),
             "diagonal": torch.stack(diagonals, dim=1),
         }
@@ -121,27 +123,30 @@ class PixPro(PretextTask):
     def embed(self, views: Tensors) -> tuple[Tensors, Tensors]:
         pixels = enlarged(views["view"].flatten(0, 1), self.input_size)
         taught: Any = self.teacher.module
-        x, features = self._dense(self.backbone, self.head, pixels)
+        inside = views["inside"]
+        x, dense = self._dense(self.backbone, self.head, pixels)
         z = {"student": x}  # first: diagnostics look at it
         if self.transform is not None:
             rows = x.flatten(0, 1)
-            z["student"] = propagate(rows, self.transform(rows), self.options.gamma).view_as(x)
+            z["student"] = propagate(rows, self.transform(rows), self.options.gamma, inside.flatten(0, 1)).view_as(x)
         with torch.no_grad():
             z["teacher"] = self._dense(taught["backbone"], taught["head"], pixels)[0]
         diagonal = views["diagonal"].amax(1)
         close = close_pairs(views["mm"][:, 0], views["mm"][:, 1], diagonal, self.options.distance)
-        return z, {"close": close, "features": features}
+        both = inside[:, 0, :, None] & inside[:, 1, None]
+        features = some_voxels(dense, inside=inside.flatten(0, 1))
+        return z, {"close": close & both, "apart": ~close & both, "features": features}
 
     def _dense(self, backbone: Backbone, head: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (N, 2, P, d) of views (2 N, 1, *input_size), and some voxels of the map that they come from."""
+        """Embeddings (N, 2, P, d) of views (2 N, 1, *input_size), and the map that they come from."""
         features = backbone.encode(pixels)
         dense = backbone.decode(features, self.blocks) if self.blocks else features[-1]
-        return head(dense).flatten(2).mT.float().unflatten(0, (-1, 2)), some_voxels(dense)
+        return head(dense).flatten(2).mT.float().unflatten(0, (-1, 2)), dense
 
     def objective(self, z: Tensors, marks: Tensors) -> Tensors:
         student, teacher, close = z["student"], z["teacher"], marks["close"]
         if self.options.form == "contrast":
-            return {"loss": dense_contrast(student, teacher, close, self.options.temperature)}
+            return {"loss": dense_contrast(student, teacher, close, self.options.temperature, marks["apart"])}
         return {"loss": propagation_loss(student, teacher, close)}
 
     @torch.no_grad()
@@ -154,20 +159,25 @@ class PixPro(PretextTask):
 
     def pairs(self, views: Tensors, z: Tensors, marks: Tensors) -> Pairs:
         """Some voxels of the first read's first view, and for each one of the second view that shows its place."""
-        close = marks["close"][0]
+        close, apart = marks["close"][0], marks["apart"][0]
         rows = torch.linspace(0, len(close) - 1, min(SHOWN, len(close)), device=close.device).round().long()
         rows = rows[close[rows].any(1)] if close.any() else rows
         columns = close[rows].float().argmax(1)
-        between, n = close[rows][:, columns], len(rows)
+        between, others, n = close[rows][:, columns], apart[rows][:, columns], len(rows)
         positive = close.new_zeros((2 * n, 2 * n))
         positive[:n, n:], positive[n:, :n] = between, between.mT
         negative = close.new_zeros((2 * n, 2 * n))
-        negative[:n, n:], negative[n:, :n] = ~between, ~between.mT
+        negative[:n, n:], negative[n:, :n] = others, others.mT
         x = z["student"][0]
         return Pairs(torch.cat([x[0, rows], x[1, columns]]), positive, negative, marks["features"])
 
     def after_step(self, progress: float) -> None:
         self.teacher.update(self._taught(), cosine_momentum(self.options.momentum, progress))
+
+
+def mostly_inside(inside: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Which voxels of a map (N, voxels) hold more data than not, from which voxels of the view do, (N, 1, D, H, W)."""
+    return shares_inside(inside, size).flatten(1) > 0.5
 
 
 def choose_map(

@@ -79,12 +79,13 @@ class SimCLR(PretextTask):
         return f"two views of {' x '.join(map(str, self.size))} voxels a volume, {self.options.loss}"
 
     def views(self, batch: Tensors) -> Tensors:
-        """`view` (2N, 1, *size), all first views before all second ones, and the `volume` (2N,) that each is of."""
-        pair = [self.view(batch["image"], batch["seed"], number)[0] for number in range(2)]
-        return {"view": torch.cat(pair), "volume": batch["volume"].repeat(2)}
+        """`view` (2N, 1, *size), all first views before all second ones, which voxels of them hold data, `inside`, and
+        the `volume` (2N,) that each is of."""
+        images, _, inside = zip(*(self.view.of_reads(batch, number) for number in range(2)), strict=True)
+        return {"view": torch.cat(images), "inside": torch.cat(inside), "volume": batch["volume"].repeat(2)}
 
     def embed(self, views: Tensors) -> tuple[Tensors, Tensors]:
-        features = pooled_pyramid(self.backbone.encode(enlarged(views["view"], self.input_size)))
+        features = pooled_pyramid(self.backbone.encode(enlarged(views["view"], self.input_size)), views["inside"])
         n = len(features) // 2
         z = self.projection_head(features).float()
         # a row of both tensors belongs to one read, so that rows of several ranks can be joined

@@ -74,8 +74,9 @@ class PretextModule(RetrySmaller):
         return crop_loader(self.dataset, batches, self.config.workers, pin=self.device.type == "cuda")
 
     def transfer_batch_to_device(self, batch: dict[str, Tensor], device: torch.device, index: int) -> dict[str, Tensor]:
-        # seeds stay on the CPU: augmentation draws its parameters there
-        return {k: v if k == "seed" else v.to(device, non_blocking=True) for k, v in batch.items()}
+        # these stay on the CPU: augmentation draws its parameters there, and which reads stick out is decided there
+        here = ("seed", "start", "extent")
+        return {k: v if k in here else v.to(device, non_blocking=True) for k, v in batch.items()}
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
@@ -165,7 +166,7 @@ def pretrain(config: PretrainConfig) -> Path:
         plan, split, subjects = Plan.load(begun), begun_split(begun), manifest.subjects
     else:
         subjects, split = choose_subjects(manifest, config)
-        plan = plan_for(manifest, config.plan, device=accelerator, n4=config.n4)
+        plan = plan_for(manifest, config.plan, device=accelerator, n4=config.n4, store=config.store)
         if config.spatial_dims == 2:
             plan = plan.slicewise()
         if pretrained:

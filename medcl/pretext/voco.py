@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from medcl.data.plan import THICK, Plan
 from medcl.errors import MedclError
-from medcl.losses.voco import VARIANTS, overlap_labels, voco_loss
+from medcl.losses.voco import VARIANTS, above_diagonal, bases_with_data, overlap_labels, voco_loss
 from medcl.networks.backbones import Backbone
 from medcl.networks.ema import MomentumTeacher, cosine_momentum
 from medcl.networks.heads import ProjectionHead, pooled_pyramid
@@ -30,6 +30,7 @@ from medcl.pretext.base import REMEDIES, Pairs, PretextTask, Tensors, Triple
 from medcl.pretext.checks import Checks
 from medcl.pretext.sizes import enlarged, network_input
 from medcl.transforms.compose import INTENSITY, view_intensity
+from medcl.transforms.inside import box_mask, data_box, repeat_edge, starts_within
 from medcl.transforms.random import mix_seeds, uniform
 
 LARGEST_CROP = 64
@@ -110,59 +111,73 @@ class VoCo(PretextTask):
         return f"{grid} base crops and {self.options.crops} random crops of {size} voxels{scaled}"
 
     def views(self, batch: Tensors) -> Tensors:
-        """Random crops (B, K, 1, *crop), base crops (B, n, 1, *crop), overlap shares (B, K, n), volumes (B,)."""
-        volume, seeds = batch["image"], batch["seed"]
-        crop = torch.tensor(self.crop_size)
-        room = torch.tensor(self.read_size) - crop
-        draws = uniform(seeds, "voco.start", self.options.crops, 3)
-        starts = torch.minimum((draws * (room + 1)).floor(), room).long()
-        crops = cut(volume, starts.to(volume.device), self.crop_size)
-        bases = tile(volume, self.grid)
-        labels = overlap_labels(starts.to(volume.device).float(), crop.to(volume.device).float(), self.grid)
-        both = torch.cat([crops, bases], dim=1)
-        rows, count = both.shape[:2]
-        crop_seeds = mix_seeds(seeds.repeat_interleave(count), torch.arange(count).repeat(rows))
-        flat = self._augment(both.flatten(0, 1), crop_seeds)
-        both = flat.view(*both.shape[:2], *flat.shape[1:])
-        crops, bases = both[:, : self.options.crops], both[:, self.options.crops :]
-        return {"crops": crops, "bases": bases, "labels": labels, "volume": batch["volume"]}
+        """Random crops (B, K, 1, *crop) and base crops (B, n, 1, *crop), and of each which voxels hold data.
 
-    def _augment(self, crops: Tensor, seeds: Tensor) -> Tensor:
+        Also overlap shares (B, K, n), the base crops that hold any data, `usable` (B, n), and volumes (B,).
+        """
+        volume, seeds = batch["image"], batch["seed"]
+        device = volume.device
+        box = data_box(batch)
+        inside = box_mask(box, self.read_size, device)
+        both = torch.cat([repeat_edge(volume, box), inside.to(volume.dtype)], dim=1)
+        crop = torch.tensor(self.crop_size, device=device).float()
+        starts = starts_within(uniform(seeds, "voco.start", self.options.crops, 3), box, self.crop_size, self.read_size)
+        crops = torch.cat([cut(both, starts.to(device), self.crop_size), tile(both, self.grid)], dim=1)
+        rows, count = crops.shape[:2]
+        crop_seeds = mix_seeds(seeds.repeat_interleave(count), torch.arange(count).repeat(rows))
+        flat, inside = self._augment(crops.flatten(0, 1), crop_seeds)
+        pixels, real = (tensor.view(rows, count, *tensor.shape[1:]) for tensor in (flat, inside))
+        k = self.options.crops
+        return {
+            "crops": pixels[:, :k],
+            "bases": pixels[:, k:],
+            "crops_inside": real[:, :k],
+            "bases_inside": real[:, k:],
+            "labels": overlap_labels(starts.to(device).float(), crop, self.grid, box),
+            "usable": bases_with_data(crop, self.grid, box),
+            "volume": batch["volume"],
+        }
+
+    def _augment(self, crops: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Crops (N, 1, *crop) and which of their voxels hold data, from both as channels of one tensor."""
         flips = uniform(seeds, "voco.flip", 3) < self.options.flip
         for axis in range(3):
             chosen = flips[:, axis].nonzero().flatten().to(crops.device)
             if len(chosen):
                 crops[chosen] = crops[chosen].flip(axis + 2)
-        return crops if self._intensity is None else self._intensity(crops, seeds)
+        pixels, inside = crops[:, :-1].contiguous(), crops[:, -1:] > 0
+        return (pixels if self._intensity is None else self._intensity(pixels, seeds)), inside
 
     def embed(self, views: Tensors) -> tuple[Tensors, Tensors]:
-        crops, bases = views["crops"], views["bases"]
-        batch = len(crops)
-        pixels = enlarged(torch.cat([crops, bases], dim=1).flatten(0, 1), self.input_size)
-        features = pooled_pyramid(self.backbone.encode(pixels))
+        batch = len(views["crops"])
+        pixels = enlarged(torch.cat([views["crops"], views["bases"]], dim=1).flatten(0, 1), self.input_size)
+        inside = torch.cat([views["crops_inside"], views["bases_inside"]], dim=1).flatten(0, 1)
+        features = pooled_pyramid(self.backbone.encode(pixels), inside)
         z = {"student": self.projection_head(features)}
         if self.teacher is not None:
             nets: Any = self.teacher.module
             with torch.no_grad():
-                seen = pooled_pyramid(nets["backbone"].encode(pixels)) if "backbone" in nets else features
+                seen = pooled_pyramid(nets["backbone"].encode(pixels), inside) if "backbone" in nets else features
                 z["teacher"] = nets["head"](seen)
         z = {name: rows.float().view(batch, -1, rows.shape[-1]) for name, rows in z.items()}
-        return z, {"labels": views["labels"], "volume": views["volume"], "features": features.float()}
+        marks = {"labels": views["labels"], "usable": views["usable"], "volume": views["volume"]}
+        return z, {**marks, "features": features.float()}
 
     def objective(self, z: Tensors, marks: Tensors) -> Tensors:
         return voco_loss(
-            self.variant, z["student"], z.get("teacher"), marks["labels"], marks["volume"], self.options.regulariser
-        )
+            self.variant, z["student"], z.get("teacher"), marks["labels"], marks["volume"], self.options.regulariser,
+            marks["usable"],
+        )  # fmt: skip
 
     def pairs(self, views: Tensors, z: Tensors, marks: Tensors) -> Pairs:
         """A crop and the base crops it lies in are positive, those it does not touch and other base crops negative."""
-        labels = marks["labels"]
+        labels, usable = marks["labels"], marks["usable"]
         volumes, k, n = labels.shape
         positive = labels.new_zeros((volumes, k + n, k + n), dtype=torch.bool)
         negative = positive.clone()
         positive[:, :k, k:] = labels > 0
-        negative[:, :k, k:] = labels == 0
-        negative[:, k:, k:] = torch.triu(torch.ones(n, n, dtype=torch.bool, device=labels.device), diagonal=1)
+        negative[:, :k, k:] = (labels == 0) & usable[:, None]
+        negative[:, k:, k:] = above_diagonal(negative[:, k:, k:]) & usable[:, :, None] & usable[:, None]
         blocks = [torch.block_diag(*(mask | mask.mT)) for mask in (positive, negative)]
         return Pairs(z["student"].flatten(0, 1), blocks[0], blocks[1], marks["features"])
 

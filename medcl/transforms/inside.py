@@ -6,24 +6,27 @@ nothing is to be learnt from it. Where a read holds data is a box: its first and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Box = tuple[Tensor, Tensor]
 
 
-def data_box(start: Tensor, extent: Tensor, size: Sequence[int]) -> Box:
+def data_box(reads: Mapping[str, Tensor]) -> Box:
     """First and past-last voxels (N, 3) of reads that lie in their volumes.
 
     Args:
-        start: first voxel of every read in its volume, (N, 3).
-        extent: voxels of the volumes, (N, 3).
-        size: voxels of a read.
+        reads: `image` (N, C, D, H, W); `start` (N, 3), the first voxel of every read in its volume, and `extent` (N, 3),
+            voxels of the volumes. Reads that do not say where they lie hold data everywhere.
     """
-    whole = torch.tensor(size, device=start.device)
+    whole = torch.tensor(reads["image"].shape[2:])
+    if "start" not in reads:
+        every = whole.expand(len(reads["image"]), 3)
+        return torch.zeros_like(every), every
+    start, extent = reads["start"], reads["extent"]
+    whole = whole.to(start.device)
     return (-start).clamp(min=0).minimum(whole - 1), torch.minimum(extent - start, whole).clamp(min=1)
 
 
@@ -61,11 +64,6 @@ def repeat_edge(image: Tensor, box: Box) -> Tensor:
     return image
 
 
-def shares_inside(inside: Tensor, size: Sequence[int]) -> Tensor:
-    """Share of every voxel of a coarser map (N, 1, *size) that holds data, float32."""
-    return F.adaptive_avg_pool3d(inside.float(), tuple(size))
-
-
 def starts_within(draws: Tensor, box: Box, size: Sequence[int], read: Sequence[int]) -> Tensor:
     """First voxels (N, ..., 3) of crops inside reads that hold as much data as a crop of that size can.
 
@@ -77,7 +75,8 @@ def starts_within(draws: Tensor, box: Box, size: Sequence[int], read: Sequence[i
     """
     shape = (len(draws), *[1] * (draws.ndim - 2), 3)
     low, high = (edge.to(draws.device).view(shape) for edge in box)
-    crop, room = (torch.tensor(n, device=draws.device) for n in (size, [r - s for r, s in zip(read, size, strict=True)]))
+    crop = torch.tensor(size, device=draws.device)
+    room = torch.tensor(read, device=draws.device) - crop
     # where the data is shorter than a crop, every crop between these two holds all of it
     one, other = low, high - crop
     first, last = (each.clamp(min=0).minimum(room) for each in (torch.minimum(one, other), torch.maximum(one, other)))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from medcl.transforms.base import Params, Range, Spacing
 from medcl.transforms.compose import ViewIntensity, view_intensity
+from medcl.transforms.inside import Box, data_box, inside_at, repeat_edge, starts_within
 from medcl.transforms.random import mix_seeds, name_key, uniform
 from medcl.transforms.rows import by_rows
 from medcl.transforms.spatial import RandomSpatial
@@ -43,13 +44,29 @@ class RandomView:
         self.spatial = RandomSpatial(angles, (scale[0], scale[1]), flip=flip, p_affine=float(moves))
         self.intensity = view_intensity(modality, spacing, intensity) if intensity else None
 
-    def __call__(self, read: Tensor, seeds: Tensor, view: int) -> tuple[Tensor, Tensor]:
+    def of_reads(self, reads: Mapping[str, Tensor], view: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One view of every read of a batch, as `medcl.data.crops.ReadDataset` gives them.
+
+        Args:
+            reads: `image` and `seed`, and where there are `start` and `extent`, by which a read holds data.
+            view: as in `__call__`.
+
+        Returns:
+            As `__call__`, and which voxels of the views hold data (N, 1, *size) bool. The others repeat the nearest
+            voxel that does, whatever the read holds there.
+        """
+        box = data_box(reads)
+        image, where = self(repeat_edge(reads["image"], box), reads["seed"], view, box)
+        return image, where, inside_at(where, box)
+
+    def __call__(self, read: Tensor, seeds: Tensor, view: int, box: Box | None = None) -> tuple[Tensor, Tensor]:
         """One view of every read.
 
         Args:
             read: (N, C, D, H, W), not written to.
             seeds: (N,) int64, one a read.
             view: its number; other numbers give other views of the same read.
+            box: where the reads hold data, which a view then shows as much of as it can; by default everywhere.
 
         Returns:
             The views (N, C, *size), and the place in the read, in voxels, that every voxel of them shows:
@@ -63,8 +80,8 @@ class RandomView:
             raise ValueError(f"a view of {self.size} does not fit into a read of {shape}")
         own = mix_seeds(seeds, name_key("view"), view)
         params = self.spatial.draw(own, shape, self.spacing)
-        room = torch.tensor([n - s for n, s in zip(shape, self.size, strict=True)])
-        starts = torch.minimum((uniform(own, "view.start", 3) * (room + 1)).floor(), room).long()
+        box = data_box({"image": read}) if box is None else box
+        starts = starts_within(uniform(own, "view.start", 3), box, self.size, shape)
         image, where = by_rows(self._cut, (read, starts), [params])
         return (image if self.intensity is None else self.intensity(image, own)), where
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from recipes import Case
+from recipes import WIDTHS, Case
 from torch import Tensor
 
 from medcl.data.crops import Partitions
+from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.pretext.base import PretextTask
 from medcl.pretext.registry import TASKS, task_class
 
@@ -290,6 +291,37 @@ def check_other_seeds_give_other_views(case: Case) -> None:
     assert any(not same(tensor, other[name]) for name, tensor in one.items())
 
 
+def check_nothing_is_learnt_where_there_is_no_data(case: Case) -> None:
+    """Whatever a read holds beyond its volume: equal gradients, of networks of volumes and of slices."""
+    for dims in (3, 2):
+        torch.manual_seed(0)
+        plan = case.plan if dims == 3 else case.plan.slicewise()
+        spec = BackboneSpec(case.backbone, strides=plan.strides, width=WIDTHS[case.backbone], spatial_dims=dims)
+        task = task_class(case.task)(build_backbone(spec), plan, case.resolved())
+        batch = batch_for(task, range(case.volumes))
+        batch["start"][:, 1], batch["extent"][:, 1] = -2, batch["image"].shape[3] - 4
+        inside = torch.zeros(batch["image"].shape[2:], dtype=torch.bool)
+        inside[:, 2:-2] = True
+        other = {**batch, "image": torch.where(inside, batch["image"], 1e3 * torch.randn_like(batch["image"]))}
+        one, two = (gradients_of(task, reads) for reads in (batch, other))
+        assert any(gradient.any() for gradient in one.values())
+        assert one.keys() == two.keys()
+        for name, gradient in one.items():
+            assert torch.isfinite(gradient).all() and torch.equal(gradient, two[name]), f"{name} in {dims}D"
+
+
+def gradients_of(task: PretextTask, batch: Tensors) -> Tensors:
+    """Gradients of the loss, and of the term that keeps the rank, by name."""
+    for parameter in task.parameters():
+        parameter.grad = None
+    torch.manual_seed(1)  # dropout
+    with torch.no_grad():
+        views = task.views(batch)
+    z, marks = task.embed(views)
+    (task.objective(z, marks)["loss"] + 0.1 * task.unused_rate(marks)).backward()
+    return {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
+
+
 CHECKS = (
     check_one_step,
     check_equal_seeds_and_saved_state_give_equal_steps,
@@ -297,6 +329,7 @@ CHECKS = (
     check_half_precision_at_a_low_temperature,
     check_views_are_functions_of_each_read,
     check_other_seeds_give_other_views,
+    check_nothing_is_learnt_where_there_is_no_data,
 )
 # Inputs of 64 voxels take seconds a step on one thread: what needs many steps runs on the other backbones alone.
 SWIN_CHECKS = (check_one_step_and_its_saved_state,)

@@ -59,7 +59,7 @@ RECIPES: dict[str, Recipe] = {
         variants=({"strategy": "GR"}, {"strategy": "GD-"}),
     ),
     "local_contrast": Recipe(
-        options={"partitions": [1, 1, 2], "region": 1, "regions": 2, "size": [16, 16, 16]},
+        options={"partitions": [1, 1, 2], "region": 1, "regions": 3, "size": [16, 16, 16]},
         swin={"size": [64, 64, 32]},
         variants=({"strategy": "LD"}, {"freeze_encoder": False, "rotate_deg": 10.0, "region": 2}),
     ),
@@ -67,7 +67,7 @@ RECIPES: dict[str, Recipe] = {
         options={
             "mode": "joint",
             "global_contrast": {"partitions": [1, 1, 2], "size": [16, 16, 8], **TINY},
-            "local_contrast": {"region": 1, "regions": 2, "embedding": 16},
+            "local_contrast": {"region": 1, "regions": 3, "embedding": 16},
         },
         swin={"global_contrast": {"partitions": [1, 1, 2], "size": [64, 64, 16], **TINY}},
     ),
