@@ -60,9 +60,9 @@ class CropDataset(Dataset):
             are seen (nnU-Net oversamples a third).
         margin: voxels that are read beyond the crop on either side of each axis, for augmentation to move in.
 
-    A sample is a dict with `image` (1, X, Y, Z) float32, `label` (1, X, Y, Z) uint8 where asked for, `seed`, `start` (3,)
-    first voxel of the read in the volume, and `extent` (3,) voxels of the volume. A read reaches beyond the volume where
-    the margin does or the volume is smaller: `medcl.transforms.inside` tells where it holds data.
+    A sample is a dict with `image` (1, X, Y, Z) float32, `label` (1, X, Y, Z) uint8 where asked for, `seed`, `start`
+    (3,) first voxel of the read in the volume, and `extent` (3,) voxels of the volume. A read reaches beyond the volume
+    where the margin does or the volume is smaller: `medcl.transforms.inside` tells where it holds data.
     """
 
     def __init__(

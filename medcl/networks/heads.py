@@ -13,7 +13,8 @@ from medcl.networks.ranks import sum_over_ranks, world_size
 
 def shares_inside(inside: Tensor, size: Sequence[int]) -> Tensor:
     """Share of every voxel of a coarser map, (B, 1, *size) float32, that holds data, (B, 1, D, H, W)."""
-    return F.adaptive_avg_pool3d(inside.float(), tuple(size))
+    depth, height, width = size
+    return F.adaptive_avg_pool3d(inside.float(), (depth, height, width))
 
 
 def pooled_pyramid(features: Sequence[Tensor], inside: Tensor | None = None) -> Tensor:

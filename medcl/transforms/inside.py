@@ -1,7 +1,7 @@
 """Which voxels of a read or a view hold data, and what the others show.
 
-A read may reach beyond its volume, and a view beyond its read. There an image repeats the nearest voxel that holds data;
-nothing is to be learnt from it. Where a read holds data is a box: its first and past-last voxel along each axis.
+A read may reach beyond its volume, and a view beyond its read. There an image repeats the nearest voxel that holds
+data, and nothing is learnt from it. Where a read holds data is a box: its first and past-last voxel along each axis.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def data_box(reads: Mapping[str, Tensor]) -> Box:
     """First and past-last voxels (N, 3) of reads that lie in their volumes.
 
     Args:
-        reads: `image` (N, C, D, H, W); `start` (N, 3), the first voxel of every read in its volume, and `extent` (N, 3),
-            voxels of the volumes. Reads that do not say where they lie hold data everywhere.
+        reads: `image` (N, C, D, H, W); `start` (N, 3), the first voxel of every read in its volume, and `extent`
+            (N, 3), voxels of the volumes. Reads that do not say where they lie hold data everywhere.
     """
     whole = torch.tensor(reads["image"].shape[2:])
     if "start" not in reads:

@@ -1,9 +1,9 @@
 """What a semi-supervised method is.
 
 A step has labelled rows and unlabelled rows. The teacher, a moving average of the student, sees the unlabelled patch as
-it was read; the student sees it strongly augmented, and what the teacher said moves along with the voxels. Voxels of which
-it said nothing, and those that hold no data, count nothing. A method
-says what to make of the teacher's probabilities (`targets`) and what to add to the supervised loss (`loss`).
+it was read; the student sees it strongly augmented, and what the teacher said moves along with the voxels. Voxels that
+hold no data, or of which it said nothing, do not count. A method says what to make of the teacher's probabilities
+(`targets`) and what to add to the supervised loss (`loss`).
 """
 
 from __future__ import annotations
