@@ -33,6 +33,7 @@ from medcl.precision import choose_precision, keep_precision
 from medcl.run import begun_run, log, open_run, write_provenance
 from medcl.scale import await_leader, check_scale
 from medcl.seen import Seen, save_seen, seen_by, seen_in
+from medcl.trained import Record
 from medcl.training import choose_accelerator, fit, hours, resume_step, trainer_for
 from medcl.transforms.compose import StrongAugmentation, strong_augmentation
 from medcl.transforms.mixing import MIXES
@@ -73,6 +74,7 @@ def finetune(config: FinetuneConfig) -> Path:
     pl.seed_everything(config.seed + config.draw, verbose=False)
     backbone = choose_backbone(config, contract, plan, len(values) + 1)
     taken = transfer(*pretrained, backbone, config.init) if pretrained else None
+    record = Record(backbone, taken.taken if taken else None)
     semi = build_method(config.semi, backbone, config.semi_options)
     unlabelled = tuple(sorted(set(split.train) - set(split.labelled))) if semi else ()
     if semi and not unlabelled:
@@ -147,10 +149,13 @@ def finetune(config: FinetuneConfig) -> Path:
         compile_network(backbone)
     module = SegmentationModule(backbone, dataset, config, augmentation, values, plan.spacing, given, semi, more)
     done = contract_of(config, plan, backbone.spec, values, train + images, semi)
-    validate = Validate(
-        val, patch, config.val_every or max(1, config.steps // 10), precision, accelerator,
-        keep=lambda step: None if led else save_weights(run, module.kept, replace(done, step=step)),
-    )  # fmt: skip
+
+    def keep(step: int) -> None:
+        if not led:
+            trained = record.trained(module.backbone, trainer.optimizers, module.kept)
+            save_weights(run, module.kept, replace(done, step=step).with_trained(trained, module.kept))
+
+    validate = Validate(val, patch, config.val_every or max(1, config.steps // 10), precision, accelerator, keep)
     trainer = trainer_for(
         run, steps=config.steps, accelerator=accelerator, precision=precision, seed=config.seed + config.draw,
         every=config.checkpoint_every, title="finetune", resume_step=first, callbacks=(validate,), scale=config,
@@ -283,7 +288,7 @@ def contract_of(
         kind="segmentation",
         backbone=spec,
         plan=plan,
-        trained=("encoder", "decoder", "head"),
+        trained=(),  # told once they are
         task="segmentation",
         options={"init": config.init, "semi": config.semi, **settings},
         label_values=values,
