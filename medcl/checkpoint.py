@@ -149,6 +149,11 @@ def load_weights(run: str | Path) -> tuple[Contract, dict[str, Tensor]]:
     return Contract.from_dict(data, folder / "contract.json"), state
 
 
+def weights_hash(run: str | Path) -> str:
+    """SHA-256 of the weights that a run's contract vouches for."""
+    return str(read_json(Path(run) / "weights" / "contract.json").get("sha256", ""))
+
+
 def rebuild(run: str | Path) -> tuple[Contract, Backbone]:
     """The network of a run with its weights."""
     contract, state = load_weights(run)
