@@ -16,8 +16,11 @@ from medcl.errors import MedclError
 from medcl.files import atomic_path, file_sha256, read_json, sha256, write_json
 from medcl.networks.backbones import Backbone, BackboneSpec, build_backbone
 from medcl.run import log
+from medcl.trained import Trained, count, summary
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
+BY_PART = 1  # contracts of this version say which parts were trained, not which tensors
+PARTS = ("encoder", "decoder", "head")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Contract:
         kind: `pretrained` or `segmentation`.
         backbone: how to rebuild the network.
         plan: how its input is prepared: orientation RAS, spacing, normalisation, window.
-        trained: parts of the network that training has touched: `encoder`, `decoder`, `head`.
+        trained: parts of the network that hold a trained tensor: `encoder`, `decoder`, `head`.
         task: name of the pretext or downstream task.
         options: its settings.
         label_values: the label value of every output channel but the first.
@@ -36,6 +39,9 @@ class Contract:
         volumes: hashes of the voxels of every volume seen.
         subjects: whose volumes those are.
         step: optimiser step of these weights.
+        tensors: state-dict names of the tensors that were trained, in this run or in those that it started from; see
+            `medcl.trained.Record`. None in contracts made before medcl recorded them, which know parts only.
+        doubtful: those of them that only such an older contract speaks for.
     """
 
     kind: str
@@ -49,6 +55,20 @@ class Contract:
     volumes: tuple[str, ...] = ()
     subjects: tuple[str, ...] = ()
     step: int = 0
+    tensors: tuple[str, ...] | None = None
+    doubtful: tuple[str, ...] = ()
+
+    def with_trained(self, trained: Trained, backbone: Backbone) -> Contract:
+        """The contract of weights of which these tensors were trained."""
+        parts = tuple(part for part in PARTS if backbone.tensor_names(part) & set(trained.tensors))
+        return dataclasses.replace(self, tensors=trained.tensors, doubtful=trained.doubtful, trained=parts)
+
+    def trained_in(self, backbone: Backbone) -> Trained:
+        """The trained tensors; of a contract that knows parts only, all tensors of those parts."""
+        if self.tensors is not None:
+            return Trained(self.tensors, self.doubtful)
+        names = tuple(sorted(set().union(*(backbone.tensor_names(part) for part in self.trained))))
+        return Trained(names, names)
 
     @staticmethod
     def from_dict(data: dict[str, Any], where: object) -> Contract:
@@ -115,7 +135,7 @@ def load_weights(run: str | Path) -> tuple[Contract, dict[str, Tensor]]:
     if not (folder / "contract.json").exists():
         raise MedclError("holds no weights", run, "Give the run folder of a finished pretrain or finetune.")
     data = read_json(folder / "contract.json")
-    if data.pop("medcl_contract", None) != CONTRACT_VERSION:
+    if data.pop("medcl_contract", None) not in (BY_PART, CONTRACT_VERSION):
         raise MedclError("is not a contract of this version", folder / "contract.json", "Train again with this medcl.")
     aliases, digest, file, _ = (data.pop(key) for key in ("aliases", "sha256", "file", "input"))
     path = folder / Path(file).name
@@ -127,6 +147,11 @@ def load_weights(run: str | Path) -> tuple[Contract, dict[str, Tensor]]:
         raise MedclError(f"cannot be read ({error})", path, "Copy the whole weights folder again.") from None
     state.update({name: state[same] for name, same in aliases.items()})
     return Contract.from_dict(data, folder / "contract.json"), state
+
+
+def weights_hash(run: str | Path) -> str:
+    """SHA-256 of the weights that a run's contract vouches for."""
+    return str(read_json(Path(run) / "weights" / "contract.json").get("sha256", ""))
 
 
 def rebuild(run: str | Path) -> tuple[Contract, Backbone]:
@@ -142,24 +167,36 @@ class Transfer:
     """What was taken over.
 
     Attributes:
-        names: state-dict names of the tensors taken over.
+        taken: the tensors taken over.
+        matched: how many those are; one with several names counts once.
         fresh: how many others start from random values.
+        doubtful: how many of those taken over only the contract of an older run calls trained.
     """
 
-    names: frozenset[str]
+    taken: Trained
+    matched: int
     fresh: int
+    doubtful: int = 0
 
     @property
-    def matched(self) -> int:
-        return len(self.names)
+    def names(self) -> frozenset[str]:
+        """State-dict names of the tensors taken over."""
+        return frozenset(self.taken.tensors)
 
     def __str__(self) -> str:
         rest = f"; {self.fresh} others start from random values" if self.fresh else ""
-        return f"{self.matched} of {self.matched} pretrained tensors matched{rest}"
+        return f"{self.matched} of {self.matched + self.fresh} tensors pretrained{rest}{doubt(self.doubtful)}"
+
+
+def doubt(doubtful: int) -> str:
+    """What to add where a contract made before medcl recorded tensors speaks for some of them."""
+    if not doubtful:
+        return ""
+    return f"; {doubtful} are known by part only, from a run made before medcl recorded tensors: some may be random"
 
 
 def transfer(contract: Contract, state: dict[str, Tensor], backbone: Backbone, where: object) -> Transfer:
-    """Copies the trained parts into `backbone`, every tensor or none.
+    """Copies the trained tensors into `backbone`, all of them or none; what is random there stays as it is here.
 
     The output layer is never taken over: its channels belong to other classes.
 
@@ -167,10 +204,12 @@ def transfer(contract: Contract, state: dict[str, Tensor], backbone: Backbone, w
         MedclError: a tensor is missing or has another shape; the message says which layers and why.
     """
     source = build_backbone(contract.backbone)
-    names = set().union(*(source.tensor_names(part) for part in contract.trained)) - source.tensor_names("head")
+    head = source.tensor_names("head")
+    taken = Trained(*(tuple(name for name in names if name not in head) for names in contract.trained_in(source)))
+    names = taken.tensors
     mine = backbone.net.state_dict()
     wrong = []
-    for name in sorted(names):
+    for name in names:
         if name not in mine:
             wrong.append(f"{name} is not in this network")
         elif mine[name].shape != state[name].shape:
@@ -191,7 +230,8 @@ def transfer(contract: Contract, state: dict[str, Tensor], backbone: Backbone, w
             "Leave out --backbone, --width, --norm and --plan to rebuild the pretrained one.",
         )  # fmt: skip
     backbone.net.load_state_dict({**mine, **{name: state[name] for name in names}}, strict=True)
-    return Transfer(frozenset(names), len(mine) - len(names))
+    matched = count(backbone, names)
+    return Transfer(taken, matched, count(backbone, mine) - matched, count(backbone, taken.doubtful))
 
 
 def export(config: ExportConfig) -> Path:
@@ -207,6 +247,8 @@ def export(config: ExportConfig) -> Path:
     contract, backbone = rebuild(config.run)
     out = Path(config.out) if config.out else Path(config.run) / "export"
     name, arguments = backbone.monai_arguments()
+    trained = contract.trained_in(backbone)
+    weights = {key for key, tensor in backbone.net.state_dict().items() if tensor.is_floating_point()}
     with atomic_path(out / "model.safetensors") as part:
         # plain MONAI knows tensors with several names; a file with shared tensors is not allowed
         save_file({k: v.detach().cpu().clone().contiguous() for k, v in backbone.net.state_dict().items()}, str(part))
@@ -220,14 +262,15 @@ def export(config: ExportConfig) -> Path:
             "patch_size": round_up(contract.plan.patch_size, backbone.multiple),
             "patch_multiple": backbone.multiple,
             "trained": contract.trained,
+            "trained_tensors": trained.tensors,
             "label_values": [0, *contract.label_values],
             "load": f"net = monai.networks.nets.{name}(**arguments); "
             "net.load_state_dict(safetensors.torch.load_file('model.safetensors'), strict=True)",
         },
     )
-    untrained = {"encoder", "decoder", "head"} - set(contract.trained)
-    log.info("%s weights in %s.", name, out)
-    if untrained:
-        log.info("Pretraining trained the %s only; what the file has of the %s is random.",
-                 " and ".join(contract.trained), " and ".join(sorted(untrained)))  # fmt: skip
+    fresh = weights.difference(trained.tensors)
+    log.info("%s weights in %s: %d of %d tensors trained%s.", name, out, count(backbone, trained.tensors),
+             count(backbone, weights), doubt(count(backbone, trained.doubtful)))  # fmt: skip
+    if fresh:
+        log.info("Never trained and random: %s.", ", ".join(summary(fresh, weights)))
     return out

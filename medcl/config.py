@@ -198,7 +198,7 @@ class FinetuneConfig:
         augment: strong, or none.
         flip: allow mirrored patches in augmentation; wrong for anatomy that has sides.
         val_every: steps between validations; 0 takes a tenth of the steps.
-        seed: seed of the weights, patches and augmentation; the draw is added to it.
+        seed: seed of the weights, patches and augmentation; every draw makes another one of it.
         precision: auto, 32, bf16 or 16.
         accelerator: auto, cpu or gpu.
         checkpoint_every: steps between checkpoints.

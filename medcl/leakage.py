@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from medcl.config import AuditConfig
+from medcl.data.case import Manifest
 from medcl.data.matched import remembered
 from medcl.data.matching import THRESHOLD
 from medcl.data.splits import Split, cases_of
@@ -19,7 +20,7 @@ from medcl.data.stage import describe, load_source, tell_problems
 from medcl.errors import MedclError
 from medcl.files import read_json, write_json
 from medcl.run import log, setup_log
-from medcl.seen import Seen, SeenVolume, seen_by, seen_in
+from medcl.seen import SELECTION, Seen, SeenVolume, seen_by, seen_in
 
 AUDIT_VERSION = 1
 KINDS = {
@@ -39,56 +40,73 @@ class Overlap:
         case: the held-out volume.
         seen: the volume that was seen: its case where that is at hand, else the stage and the run that saw it.
         score: correlation of the aligned pictures, for `alike`.
+        selection: whether it was not trained on, but validated on to choose the weights.
     """
 
     kind: str
     case: str
     seen: str
     score: float | None = None
+    selection: bool = False
 
 
 def overlaps(seen: Seen, held: Seen, within: bool = False, store: str = "") -> list[Overlap]:
     """Every held-out volume that was seen, with the strongest evidence: equal voxels, else pictures, else the subject.
 
+    Volumes by which weights were chosen count as seen where they are tested on. Where they are validated on again (a
+    held volume of the stage `selection`) they do not: that is what they are for.
+
     Args:
-        seen: volumes trained on.
+        seen: volumes trained on, or validated on.
         held: volumes held out.
         within: both are of one folder, in which only what goes under two subjects' names is worth telling.
         store: folder that remembers comparisons; by default `default_store()`.
     """
     by_hash: dict[str, list[SeenVolume]] = {}
-    by_subject: dict[str, SeenVolume] = {}
-    for volume in seen.volumes:
+    by_subject: dict[str, list[SeenVolume]] = {}
+    for volume in sorted(seen.volumes, key=lambda volume: volume.stage == SELECTION):  # what was trained on first
         for mark in {volume.voxels, volume.values} - {""}:
             by_hash.setdefault(mark, []).append(volume)
         if volume.subject:
-            by_subject.setdefault(volume.subject, volume)
+            by_subject.setdefault(volume.subject, []).append(volume)
     pictures = [(volume, picture) for volume in seen.volumes if (picture := volume.thumbnail) is not None]
     found: dict[int, list[Overlap]] = {}
     rest: list[tuple[int, np.ndarray]] = []
     for number, case in enumerate(held.volumes):
         same = [*by_hash.get(case.voxels, ()), *by_hash.get(case.values, ())]
         same = [volume for volume in same if not (within and volume.subject == case.subject)]
-        if same:
-            found[number] = [Overlap("exact", case.name, told) for told in dict.fromkeys(map(_told, same))]
+        if same := [volume for volume in same if not _validates(volume, case)]:
+            found[number] = list(dict.fromkeys(_overlap("exact", case, volume) for volume in same))
         elif (picture := case.thumbnail) is not None:
             rest.append((number, picture))
-    # of one folder, a subject's own volumes would take the few places that a new one is aligned with
-    known_owners = [volume.subject for volume, _ in pictures] if within else []
-    owners = [held.volumes[number].subject for number, _ in rest] if within else []
+    # of one folder, a subject's own volumes would take the few places that a new one is aligned with, and so would
+    # the validation volumes of those that are validated on
+    known_owners = [volume.subject if within else SELECTION * (volume.stage == SELECTION) for volume, _ in pictures]
+    cases = [held.volumes[number] for number, _ in rest]
+    owners = [case.subject if within else SELECTION if case.stage == SELECTION else "test" for case in cases]
     known, new = ([picture for _, picture in side] for side in (pictures, rest))
     for match in remembered(known, new, store, known_owners, owners):
-        number, volume = rest[match.new][0], pictures[match.known][0]
-        told = Overlap("alike", held.volumes[number].name, _told(volume), round(match.score, 3))
-        found.setdefault(number, []).append(told)
+        told = _overlap("alike", cases[match.new], pictures[match.known][0], round(match.score, 3))
+        found.setdefault(rest[match.new][0], []).append(told)
     for number, case in enumerate(held.volumes):
-        if number not in found and not within and case.subject in by_subject:
-            found[number] = [Overlap("subject", case.name, _told(by_subject[case.subject]))]
+        if number not in found and not within:
+            same = [volume for volume in by_subject.get(case.subject, ()) if not _validates(volume, case)]
+            if same:
+                found[number] = [_overlap("subject", case, same[0])]
     return [overlap for number in sorted(found) for overlap in found[number]]
 
 
+def _validates(volume: SeenVolume, case: SeenVolume) -> bool:
+    """Whether both are validated on."""
+    return volume.stage == case.stage == SELECTION
+
+
+def _overlap(kind: str, case: SeenVolume, volume: SeenVolume, score: float | None = None) -> Overlap:
+    return Overlap(kind, case.name, _told(volume), score, volume.stage == SELECTION)
+
+
 def _told(volume: SeenVolume) -> str:
-    return volume.name or f"{volume.stage} {volume.run}"
+    return volume.name or f"{'validation' if volume.stage == SELECTION else volume.stage} {volume.run}"
 
 
 def compared(
@@ -101,9 +119,11 @@ def compared(
         twins: held-out volumes that were set aside because they equal others.
     """
     found = [*twins, *overlaps(seen, held, within, store)]
+    trained, chosen = ({v.voxels for v in seen.volumes if (v.stage == SELECTION) == by} - {""} for by in (False, True))
     return {
         "medcl_audit": AUDIT_VERSION,
-        "seen": len({volume.voxels for volume in seen.volumes} - {""}),
+        "seen": len(trained),
+        "chosen_by": len(chosen),
         "held_out": len(held.volumes) + len(twins),
         "threshold": THRESHOLD,
         "sentence": _sentence(found, len(held.volumes) + len(twins)),
@@ -113,23 +133,34 @@ def compared(
 
 
 def _sentence(found: list[Overlap], held: int) -> str:
-    if not found:
+    trained = {each.case: each for each in reversed(found) if not each.selection}
+    chosen = {each.case: each for each in reversed(found) if each.case not in trained}
+    parts = []
+    for first, what in ((trained, "were seen in training"), (chosen, "were validated on to choose the weights")):
+        kinds = Counter(each.kind for each in first.values())
+        told = "; ".join(f"{kinds[kind]} with {text}" for kind, text in KINDS.items() if kinds[kind])
+        if first:
+            parts.append(f"{len(first)} of {held} held-out volumes {what}: {told}")
+    if not parts:
         return ""
-    first = {each.case: each for each in reversed(found)}
-    kinds = Counter(each.kind for each in first.values())
-    told = "; ".join(f"{kinds[kind]} with {text}" for kind, text in KINDS.items() if kinds[kind])
-    return (
-        f"leakage: {len(first)} of {held} held-out volumes were seen in training: {told}; "
-        f"such as {found[0].case}, seen as {found[0].seen}{_likeness(found[0])}"
-    )
+    such = next((each for each in found if not each.selection), found[0])
+    return f"leakage: {'; '.join(parts)}; such as {such.case}, seen as {such.seen}{_likeness(such)}"
 
 
 def _likeness(overlap: Overlap) -> str:
     return "" if overlap.score is None else f" (likeness {overlap.score:.2f}, told from {THRESHOLD})"
 
 
-def refuse(result: Mapping[str, Any], allowed: bool, where: object) -> None:
+def refuse(
+    result: Mapping[str, Any], allowed: bool, where: object, instead: str = "train without these volumes"
+) -> None:
     """Stops at an overlap that the user has not allowed.
+
+    Args:
+        result: of `compared`.
+        allowed: whether the user has.
+        where: what to name as the place of the error.
+        instead: what to do rather than to allow it.
 
     Raises:
         MedclError: held-out volumes were seen.
@@ -139,7 +170,7 @@ def refuse(result: Mapping[str, Any], allowed: bool, where: object) -> None:
     if result["sentence"] and not allowed:
         raise MedclError(
             result["sentence"], where,
-            "See `medcl audit`; train without these volumes, or add --allow_leakage, which marks every result.",
+            f"See `medcl audit`; {instead}, or add --allow_leakage, which marks every result.",
         )  # fmt: skip
 
 
@@ -149,8 +180,41 @@ def stamp(result: Mapping[str, Any], run: Path) -> list[str]:
     path = run / "audit.json"
     earlier: dict[str, Any] = read_json(path) if path.exists() else {"sentence": "", "overlaps": []}
     told = {each["case"] for each in result["overlaps"]}
-    others = any(each["case"] not in told for each in earlier["overlaps"])
+    others = {each["case"] for each in earlier["overlaps"]} - told
+    if others and (run / "manifest.json").exists() and (run / "split.json").exists():
+        # those of its test volumes concern their own scores alone
+        validated = cases_of(Manifest.load(run / "manifest.json"), Split.load(run / "split.json").val)
+        others &= {case.id for case in validated}
     return [line for line in (result["sentence"], earlier["sentence"] if others else "") if line]
+
+
+def checked(
+    results: Sequence[Mapping[str, Any]], marks: Sequence[str] = (), gaps: Sequence[str] = (), notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The check that a result has gone through, as it is kept in the result.
+
+    Args:
+        results: of `compared`; none where nothing is known of what made the predictions.
+        marks: leakage, a sentence each.
+        gaps: what could not be checked, a sentence each.
+        notes: what else a reader must be told, a sentence each.
+    """
+    return {
+        "medcl_audit": AUDIT_VERSION,
+        # an empty list says that there is no leakage: not where part of it was not looked for
+        "leakage": list(marks) or (None if gaps or not results else []),
+        "overlaps": [each for result in results for each in result["overlaps"]],
+        "gaps": list(dict.fromkeys([*gaps, *(gap for result in results for gap in result["gaps"])])),
+        "notes": list(notes),
+    }
+
+
+def told(result: Mapping[str, Any]) -> list[str]:
+    """What must stand beside the numbers of an evaluation: leakage first, then what was not checked for it."""
+    leakage = list(result.get("leakage") or ())
+    if "audit" not in result:
+        return [*leakage, "leakage was not checked, or before medcl kept the check with each result: score it anew"]
+    return [*leakage, *result["audit"]["notes"], *result["audit"]["gaps"]]
 
 
 def audit(config: AuditConfig) -> dict[str, Any]:
@@ -186,16 +250,17 @@ def _scans(source: str, config: AuditConfig) -> tuple[Seen, list[Overlap]]:
 
 
 def _held_out(run: Path, config: AuditConfig) -> Seen:
-    from medcl.data.case import Manifest
-
     split = Split.load(run / "split.json") if (run / "split.json").exists() else None
     if split is None or not (split.val or split.test):
         raise MedclError("holds no subject out", run, "Give the scans that it is tested on.")
     manifest = Manifest.load(run / "manifest.json")
-    cases = cases_of(manifest, (*split.val, *split.test))
-    if not cases:
+    val, test = cases_of(manifest, split.val), cases_of(manifest, split.test)
+    if not (val or test):
         raise MedclError("does not know the volumes that it holds out", run, "Give the scans that it is tested on.")
-    return seen_in(manifest, cases, store=config.store, workers=config.workers)
+    parts = (val, SELECTION), (test, "")
+    return sum(
+        (seen_in(manifest, cases, stage, store=config.store, workers=config.workers) for cases, stage in parts), Seen()
+    )
 
 
 def print_audit(result: Mapping[str, Any]) -> None:

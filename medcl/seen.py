@@ -6,7 +6,7 @@ A run that starts from another takes over what that one had seen, so the record 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,14 @@ import numpy as np
 from medcl.data.case import Case, Manifest
 from medcl.data.signature import SIGNATURE_VERSION, load_marks, load_thumbnail, subject_hash
 from medcl.data.signatures import signatures
+from medcl.data.splits import begun_split
 from medcl.errors import MedclError
 from medcl.files import BROKEN_NPZ, atomic_path, read_json, write_json
+
+# the stage of validation volumes: nothing was trained on them, but the weights that were kept are the best on them
+SELECTION = "selection"
+FINE_TUNING = "fine-tuning"
+_STORED = ("voxels", "values", "subject", "stage", "run")
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class SeenVolume:
     Attributes:
         voxels, values: its hashes (see `medcl.data.signature.Signature`), empty where unknown.
         subject: hash of the subject's name, empty where unknown.
-        stage: `pretraining` or `fine-tuning`; empty for scans.
+        stage: `pretraining`, `fine-tuning` or `selection`; empty for scans.
         run: name of the folder of the run that saw it.
         picture: reads its thumbnail when it is asked for: a large set's are not held in memory.
         name: its case; only of scans at hand, never stored.
@@ -90,11 +96,35 @@ def save_seen(run: Path, seen: Seen) -> None:
             if (picture := volume.thumbnail) is not None:
                 with kept.open(f"{place}.npy", "w") as stream:
                     np.lib.format.write_array(stream, picture, allow_pickle=False)
-    names = ("voxels", "values", "subject", "stage", "run")
-    volumes = [{name: getattr(volume, name) for name in names} for volume in seen.volumes]
-    write_json(
-        run / "weights" / "seen.json", {"medcl_seen": SIGNATURE_VERSION, "volumes": volumes, "gaps": list(seen.gaps)}
-    )
+    write_json(run / "weights" / "seen.json", to_plain(seen))
+
+
+def to_plain(seen: Seen) -> dict[str, Any]:
+    """The record as JSON holds it, without pictures."""
+    volumes = [{name: getattr(volume, name) for name in _STORED} for volume in seen.volumes]
+    return {"medcl_seen": SIGNATURE_VERSION, SELECTION: True, "volumes": volumes, "gaps": list(seen.gaps)}
+
+
+def from_plain(
+    data: Mapping[str, Any], path: Path, pictures: Mapping[int, Callable[[], np.ndarray]] | None = None
+) -> Seen:
+    """What `to_plain` has written.
+
+    Args:
+        data: as read.
+        path: the file it stands in.
+        pictures: thumbnails by the place of their volume.
+
+    Raises:
+        MedclError: it is damaged, or of another version.
+    """
+    try:
+        if data["medcl_seen"] != SIGNATURE_VERSION:
+            raise MedclError("is of another version", path, "Train again with this medcl.")
+        volumes = tuple(SeenVolume(**each, picture=(pictures or {}).get(i)) for i, each in enumerate(data["volumes"]))
+        return Seen(volumes, tuple(data["gaps"]))
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
 
 
 def seen_by(run: str | Path) -> Seen:
@@ -109,18 +139,12 @@ def seen_by(run: str | Path) -> Seen:
     if not (folder / "seen.json").exists():
         return _before_records(Path(run))
     data = read_json(folder / "seen.json")
-    try:
-        if data["medcl_seen"] != SIGNATURE_VERSION:
-            raise MedclError("is of another version", folder / "seen.json", "Train again with this medcl.")
-        pictures, gaps = _pictures(folder / "thumbnails.npz"), list(data["gaps"])
-        if pictures is None:
-            gaps.append(f"The thumbnails of {Path(run).name} were left out: only hashes and subjects were compared.")
-        volumes = tuple(
-            SeenVolume(**fields, picture=(pictures or {}).get(i)) for i, fields in enumerate(data["volumes"])
-        )
-    except (KeyError, TypeError) as error:
-        raise _damaged(folder / "seen.json", error) from None
-    return Seen(volumes, tuple(gaps))
+    pictures = _pictures(folder / "thumbnails.npz")
+    seen = from_plain(data, folder / "seen.json", pictures)
+    if pictures is None:
+        gap = f"The thumbnails of {Path(run).name} were left out: only hashes and subjects were compared."
+        seen += Seen(gaps=(gap,))
+    return seen if data.get(SELECTION) else seen + _selections(Path(run), seen)
 
 
 def _pictures(path: Path) -> dict[int, Callable[[], np.ndarray]] | None:
@@ -154,13 +178,15 @@ def _before_records(run: Path, followed: tuple[Path, ...] = ()) -> Seen:
     if not (run / "weights" / "contract.json").exists():
         raise MedclError("holds no weights", run, "Give the run folder of a finished pretrain or finetune.")
     contract: dict[str, Any] = read_json(run / "weights" / "contract.json")
-    stage = "pretraining" if contract.get("kind") == "pretrained" else "fine-tuning"
+    stage = "pretraining" if contract.get("kind") == "pretrained" else FINE_TUNING
     volumes = [SeenVolume(voxels=each, stage=stage, run=run.name) for each in contract.get("volumes", ())]
     volumes += [
         SeenVolume(subject=subject_hash(each), stage=stage, run=run.name) for each in contract.get("subjects", ())
     ]
     gap = f"{run.name} was made before medcl kept signatures: only hashes of voxels and subjects were compared."
     seen = Seen(tuple(volumes), (gap,))
+    if stage == FINE_TUNING:
+        seen += _selection(run)
     init = str(read_config(run).get("init", "none")) if (run / "config.yaml").exists() else "none"
     if init in ("none", ""):
         return seen
@@ -170,3 +196,33 @@ def _before_records(run: Path, followed: tuple[Path, ...] = ()) -> Seen:
     if (before / "weights" / "seen.json").exists():
         return seen + seen_by(before)
     return seen + _before_records(before, (*followed, run.resolve()))
+
+
+def _selections(run: Path, seen: Seen) -> Seen:
+    """Whom an older run and those that it started from chose their weights by, as far as their folders are at hand."""
+    from medcl.run import read_config
+
+    found, followed, tuned, here = Seen(), set[Path](), set[str](), run
+    while here.resolve() not in followed and (here / "weights" / "contract.json").exists():
+        followed.add(here.resolve())
+        if read_json(here / "weights" / "contract.json").get("kind") == "segmentation":
+            tuned.add(here.name)
+            found += _selection(here)
+        here = Path(str(read_config(here).get("init", "none")) if (here / "config.yaml").exists() else "none")
+    named = dict.fromkeys(volume.run for volume in seen.volumes if volume.stage == FINE_TUNING)
+    if len(tuned) >= len(named):  # a folder may have been given another name
+        return found
+    gone = (f"{name} is gone: whom it chose its weights by is not known." for name in named if name not in tuned)
+    return found + Seen(gaps=tuple(gone))
+
+
+def _selection(run: Path) -> Seen:
+    """The validation subjects of an older fine-tuning, by its split."""
+    split = begun_split(run)
+    if split is None:
+        return Seen(gaps=(f"{run.name} has no split: whom it chose its weights by is not known.",))
+    if not split.val:
+        return Seen()
+    gap = f"{run.name} was made before medcl recorded validation volumes: of those only the subjects were compared."
+    volumes = (SeenVolume(subject=subject_hash(each), stage=SELECTION, run=run.name) for each in split.val)
+    return Seen(tuple(volumes), (gap,))

@@ -81,6 +81,7 @@ def test_two_processes_train_as_one_with_the_joined_batch(alone, together, strat
     assert float((joint - whole).norm()) < 0.2 * float((half - whole).norm())
     steps = [[row["loss"] for row in read_metrics(folder)] for folder in (run, alone[4])]
     assert steps[0] == pytest.approx(steps[1], rel=1e-4)
+    assert load_weights(run)[0].tensors == load_weights(alone[4])[0].tensors  # as many are trained
 
 
 def test_a_divided_run_goes_on_after_a_kill_as_if_nothing_had_been(together, tmp_path, phantoms):
@@ -90,6 +91,7 @@ def test_a_divided_run_goes_on_after_a_kill_as_if_nothing_had_been(together, tmp
     done = two(COMMAND, phantoms, run, store, "fsdp", "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.equal(weights(run), weights(together["fsdp"][0]))
+    assert load_weights(run)[0].tensors == load_weights(together["fsdp"][0])[0].tensors
 
 
 @dataclass

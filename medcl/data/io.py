@@ -8,6 +8,7 @@ rectangular grid (`medcl.data.dicom`), and then `notes` says so.
 from __future__ import annotations
 
 import gzip
+import json
 import re
 import zlib
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ SUFFIXES = {
     ".mhd": "meta",
 }
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+MAKER = "medcl_made_by"
+COMMENT = 6  # NIfTI's code of an extension that is plain text
 _FORMAT_NAMES = {"nifti": "NIfTI", "nrrd": "NRRD", "meta": "MetaImage", "dicom": "DICOM"}
 _UNITS_IN_MM = {"meter": 1000.0, "micron": 0.001}
 _COPY_AGAIN = "Copy or export it again from its source, or leave it out."
@@ -331,7 +334,7 @@ def from_canonical(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return ornt.apply_orientation(array, ornt.ornt_transform(identity, ornt.io_orientation(affine)))
 
 
-def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray) -> None:
+def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray, maker: tuple[str, str] = ("", "")) -> None:
     """Writes a volume as NIfTI, whole or not at all.
 
     Both sform and qform are set; where the affine holds shear, which a qform cannot, the sform keeps it.
@@ -341,6 +344,7 @@ def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray) -> None
         array: `(X, Y, Z)`; voxel types that NIfTI or its readers lack are widened (bool to uint8, float16 to float32)
             or, for 64-bit integers, narrowed to int32.
         affine: 4x4 voxel to RAS+ mm.
+        maker: run folder that predicted it, and the SHA-256 of its weights; kept as a comment after the header.
 
     Raises:
         MedclError: the suffix is another one, or the file cannot be written.
@@ -354,5 +358,26 @@ def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray) -> None
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code="scanner")
     image.set_qform(affine, code="scanner", strip_shears=True)
+    if maker[0]:
+        comment = json.dumps({MAKER: maker}).encode()
+        image.header.extensions.append(nib.nifti1.Nifti1Extension(COMMENT, comment))
     with atomic_path(path) as part:
         nib.save(image, part)
+
+
+def read_maker(path: str | Path) -> tuple[str, str]:
+    """The run folder that predicted a label map and the SHA-256 of its weights: `maker` of `write_nifti`, or empty."""
+    import nibabel as nib
+
+    if volume_suffix(Path(path).name) not in (".nii", ".nii.gz"):
+        return "", ""
+    try:
+        for extension in getattr(nib.load(path).header, "extensions", ()):
+            text = extension.get_content()
+            text = text.decode() if isinstance(text, bytes) else text
+            if extension.get_code() == COMMENT and MAKER in text:
+                run, weights = json.loads(text.rstrip("\0"))[MAKER]
+                return str(run), str(weights)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, nib.filebasedimages.ImageFileError):
+        pass  # told when it is scored
+    return "", ""

@@ -21,6 +21,7 @@ from medcl.files import atomic_path, read_json, sha256, write_json, write_rows
 from medcl.losses.bags import SCHEDULES
 from medcl.run import log, open_run, write_provenance
 from medcl.training import choose_accelerator, hours
+from medcl.transforms.random import mixed_seed
 
 BALANCE = ("none", "weights", "sampling")
 
@@ -51,8 +52,9 @@ def fit(config: MILFitConfig) -> Path:
     rows: list[dict[str, Any]] = []
     divisions = []
     for repeat in range(config.repeats):
-        for fold, (learn, held) in enumerate(divide(labels, groups, config.folds, config.seed + repeat)):
-            seed = config.seed + 1000 * repeat + fold
+        division = divide(labels, groups, config.folds, mixed_seed(config.seed, repeat))
+        for fold, (learn, held) in enumerate(division):
+            seed = mixed_seed(config.seed, repeat, fold)
             model = train(config, [features[i] for i in learn], labels[learn].tolist(), len(classes), seed, device)
             for i, told in zip(held, predict(model, [features[i] for i in held]), strict=True):
                 rows.append(_row(bags[i], told, classes, repeat=repeat, fold=fold))

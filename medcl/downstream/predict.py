@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medcl.checkpoint import Contract, rebuild
+from medcl.checkpoint import Contract, rebuild, weights_hash
 from medcl.config import PredictConfig
 from medcl.data.case import Case, Manifest, Problem
 from medcl.data.checks import check_image
@@ -53,6 +53,8 @@ class Predictor:
             raise MedclError(
                 "holds a pretrained encoder, not a segmentation network", run, "Run `medcl finetune` first."
             )
+        # noted in every label map, so that it is known what they may be scored on
+        self.maker = str(Path(run).resolve()), weights_hash(run)
         self.backbone.eval().to("cuda" if self.accelerator == "gpu" else "cpu")
         self.overlap, self.mirror = overlap, mirror
         self.patch = round_up(self.contract.plan.patch_size, self.backbone.multiple)
@@ -119,7 +121,7 @@ def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, .
                 Problem(case.image[0], what, "If memory ran out, use a coarser spacing or --accelerator cpu.")
             )
             continue
-        write_nifti(out / f"{case.id}.nii.gz", found, volume.affine)
+        write_nifti(out / f"{case.id}.nii.gz", found, volume.affine, predictor.maker)
     tell_problems(manifest.with_cases(cases, tuple(problems)), before=len(manifest.problems))
     if len(problems) == len(cases):
         raise MedclError("no volume could be predicted", manifest.root, "See the problems above.")

@@ -24,7 +24,7 @@ from medcl.downstream.segmentation import SegmentationModule, Validate
 from medcl.downstream.semi.base import SemiMethod
 from medcl.downstream.semi.registry import build_method
 from medcl.errors import MedclError
-from medcl.files import write_json
+from medcl.files import read_json, write_json
 from medcl.leakage import compared, refuse
 from medcl.memory import keep_memory
 from medcl.networks.backbones import Backbone, BackboneSpec, build_backbone
@@ -32,13 +32,15 @@ from medcl.networks.parts import check_parts, compile_network
 from medcl.precision import choose_precision, keep_precision
 from medcl.run import begun_run, log, open_run, write_provenance
 from medcl.scale import await_leader, check_scale
-from medcl.seen import Seen, save_seen, seen_by, seen_in
+from medcl.seen import FINE_TUNING, SELECTION, Seen, save_seen, seen_by, seen_in
+from medcl.trained import Record
 from medcl.training import choose_accelerator, fit, hours, resume_step, trainer_for
-from medcl.transforms.compose import StrongAugmentation, strong_augmentation
+from medcl.transforms.compose import Compose, StrongAugmentation, strong_augmentation
 from medcl.transforms.margin import margin_for
 from medcl.transforms.mixing import MIXES
-from medcl.transforms.random import mix
+from medcl.transforms.random import mix, mixed_seed
 
+SEED = "seed.json"  # what the random numbers of a run are made from
 FOREGROUND = 0.5  # share of patches that must contain a label
 
 
@@ -71,18 +73,22 @@ def finetune(config: FinetuneConfig) -> Path:
     contract = pretrained[0] if pretrained else None
     plan = Plan.load(begun) if begun else choose_plan(manifest, config, contract, accelerator)
     values = label_values(manifest, plan)
-    pl.seed_everything(config.seed + config.draw, verbose=False)
+    seed = begun_seed(config, begun)
+    pl.seed_everything(seed, verbose=False)
     backbone = choose_backbone(config, contract, plan, len(values) + 1)
     taken = transfer(*pretrained, backbone, config.init) if pretrained else None
+    record = Record(backbone, taken.taken if taken else None)
     semi = build_method(config.semi, backbone, config.semi_options)
     unlabelled = tuple(sorted(set(split.train) - set(split.labelled))) if semi else ()
     if semi and not unlabelled:
         raise MedclError("every training subject is labelled", "--semi", "Lower --labels, or add unlabelled scans.")
     trained = cases_of(manifest, split.labelled, labelled=True) + cases_of(manifest, unlabelled)
-    held = cases_of(manifest, (*split.val, *split.test), labelled=True)
+    val_cases, test_cases = (cases_of(manifest, subjects, labelled=True) for subjects in (split.val, split.test))
     seen = seen_by(config.init) if pretrained else Seen()
-    seen += seen_in(manifest, trained, "fine-tuning", config.out, config.store)
-    leakage = compared(seen, seen_in(manifest, held, store=config.store), store=config.store)
+    seen += seen_in(manifest, trained, FINE_TUNING, config.out, config.store)
+    chosen_by = seen_in(manifest, val_cases, SELECTION, config.out, config.store)
+    held = chosen_by + seen_in(manifest, test_cases, store=config.store)
+    leakage = compared(seen, held, store=config.store)
     refuse(leakage, config.allow_leakage, config.source)
 
     run = open_run(config.out, config, "finetune", config.resume)
@@ -103,8 +109,9 @@ def finetune(config: FinetuneConfig) -> Path:
     if not led:
         plan.save(run / "plan.json")
         split.save(run / "split.json")
+        write_json(run / SEED, {"seed": seed})
         write_json(run / "audit.json", leakage)
-        save_seen(run, seen)
+        save_seen(run, seen + chosen_by)
         left.with_cases(manifest.cases).save(run / "manifest.json")
     train = [item for item in stored if item.case.subject in split.labelled]
     val = [(item.case.subject, item.path) for item in stored if item.case.subject in split.val]
@@ -134,14 +141,8 @@ def finetune(config: FinetuneConfig) -> Path:
         log.info("No subject is left to validate on: the last weights are kept.")
 
     patch = round_up(plan.patch_size, backbone.multiple)
-    augmentation, margin = None, (0, 0, 0)
-    if config.augment == "strong":
-        preset = StrongAugmentation(flip=(0.5, 0.5, 0.5) if config.flip else (0.0, 0.0, 0.0))
-        room = [extent - n for extent, n in zip(plan.volume_size, patch, strict=True)]
-        bare = strong_augmentation(plan.modality, plan.spacing, preset)
-        margin = margin_for(bare, patch, plan.spacing, room)
-        augmentation = strong_augmentation(plan.modality, plan.spacing, preset, margin)
-    seed = config.seed + config.draw
+    augmentation = augmentation_for(config, plan, patch)
+    margin = augmentation.margin if augmentation else (0, 0, 0)
     dataset = CropDataset([item.path for item in train], patch, seed, True, FOREGROUND, margin)
     given = [p for name, p in backbone.net.named_parameters() if taken and name in taken.names]
     # another seed than the labelled patches have: the same would augment both alike
@@ -152,12 +153,15 @@ def finetune(config: FinetuneConfig) -> Path:
         compile_network(backbone)
     module = SegmentationModule(backbone, dataset, config, augmentation, values, plan.spacing, given, semi, more)
     done = contract_of(config, plan, backbone.spec, values, train + images, semi)
-    validate = Validate(
-        val, patch, config.val_every or max(1, config.steps // 10), precision, accelerator,
-        keep=lambda step: None if led else save_weights(run, module.kept, replace(done, step=step)),
-    )  # fmt: skip
+
+    def keep(step: int) -> None:
+        if not led:
+            trained = record.trained(module.backbone, trainer.optimizers, module.kept)
+            save_weights(run, module.kept, replace(done, step=step).with_trained(trained, module.kept))
+
+    validate = Validate(val, patch, config.val_every or max(1, config.steps // 10), precision, accelerator, keep)
     trainer = trainer_for(
-        run, steps=config.steps, accelerator=accelerator, precision=precision, seed=config.seed + config.draw,
+        run, steps=config.steps, accelerator=accelerator, precision=precision, seed=seed,
         every=config.checkpoint_every, title="finetune", resume_step=first, callbacks=(validate,), scale=config,
     )  # fmt: skip
     fit(trainer, module, run if first else None)
@@ -173,6 +177,25 @@ def finetune(config: FinetuneConfig) -> Path:
         log.info("Best validation Dice %.3f at step %d.", validate.best, validate.best_step)
     log.info("Network in %s after %s.", run / "weights", hours(time.monotonic() - began))
     return run
+
+
+def begun_seed(config: FinetuneConfig, begun: Path | None) -> int:
+    """Seed of weights, patches and augmentation; of a run that goes on, the one that it began with."""
+    if begun is None:
+        return mixed_seed(config.seed, config.draw)
+    if (begun / SEED).exists():
+        return int(read_json(begun / SEED)["seed"])
+    return config.seed + config.draw  # as of runs begun before November 2026, where seed 0, draw 1 was seed 1, draw 0
+
+
+def augmentation_for(config: FinetuneConfig, plan: Plan, patch: tuple[int, int, int]) -> Compose | None:
+    """Of labelled and unlabelled patches, with the margin that is read around them; None for `none`."""
+    if config.augment == "none":
+        return None
+    preset = StrongAugmentation(flip=(0.5, 0.5, 0.5) if config.flip else (0.0, 0.0, 0.0))
+    room = [extent - n for extent, n in zip(plan.volume_size, patch, strict=True)]
+    margin = margin_for(strong_augmentation(plan.modality, plan.spacing, preset), patch, plan.spacing, room)
+    return strong_augmentation(plan.modality, plan.spacing, preset, margin)
 
 
 def check(config: FinetuneConfig) -> None:
@@ -289,7 +312,7 @@ def contract_of(
         kind="segmentation",
         backbone=spec,
         plan=plan,
-        trained=("encoder", "decoder", "head"),
+        trained=(),  # told once they are
         task="segmentation",
         options={"init": config.init, "semi": config.semi, **settings},
         label_values=values,

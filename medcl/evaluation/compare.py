@@ -86,6 +86,7 @@ def compare(
         "sentence": primary.sentence(names, PRIMARY),
         "verdict": primary.verdict(MEASURES[PRIMARY].higher_is_better),
         "leakage": _leakage(pairs, names),
+        "unchecked": _unchecked(pairs, names),
         "warnings": [*_leakage(pairs, names), *_warnings(pairs)],
         "metrics": metrics,
         "subjects": _per_subject(overall),
@@ -118,7 +119,7 @@ def print_comparison(result: Mapping[str, Any]) -> None:
         table.add_section()
     console = Console()
     console.print(table)
-    for warning in result["warnings"]:
+    for warning in [*result["unchecked"], *result["warnings"]]:
         console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     console.print(result["sentence"], style="bold", markup=False, highlight=False, soft_wrap=True)
 
@@ -189,6 +190,12 @@ def _leakage(pairs: Sequence[tuple[Arm, Arm]], names: tuple[str, str]) -> list[s
         for arm, name in zip(pair, names, strict=True)
         for line in arm.leakage
     ]
+
+
+def _unchecked(pairs: Sequence[tuple[Arm, Arm]], names: tuple[str, str]) -> list[str]:
+    """What was not checked for leakage, once an arm."""
+    arms = [(arm, name) for pair in pairs for arm, name in zip(pair, names, strict=True)]
+    return list(dict.fromkeys(f"{name}: {line}" for arm, name in arms for line in arm.unchecked))
 
 
 def _warnings(pairs: Sequence[tuple[Arm, Arm]]) -> list[str]:

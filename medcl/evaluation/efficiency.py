@@ -30,6 +30,7 @@ from medcl.evaluation.statistics import (
     paired_difference,
 )
 from medcl.files import read_json, write_json, write_text
+from medcl.leakage import told
 
 VERSION = 1
 METRIC = "dice"
@@ -58,6 +59,7 @@ def summarise(config: BenchmarkConfig, grid: Grid) -> dict[str, Any]:
     corrected = dict(zip(others, holm([paired[key].p for key in others]), strict=True))
     ceiling = _mean(rows[config.baseline, "all"]).estimate if "all" in config.labels else math.nan
     ceiling = ceiling if ceiling > 0 else math.nan
+    stamps, unchecked = _stamps(config, grid)
     entries = []
     for (arm, labels), of_cell in rows.items():
         interval = _mean(of_cell)
@@ -80,19 +82,22 @@ def summarise(config: BenchmarkConfig, grid: Grid) -> dict[str, Any]:
         "draws": config.draws,
         "entries": entries,
         "sentences": [entry["sentence"] for entry in entries if "sentence" in entry],
-        "warnings": [*_stamps(config, grid), *_gaps(scores, config.baseline)],
+        "unchecked": unchecked,
+        "warnings": [*stamps, *_gaps(scores, config.baseline)],
         "how": how(config),
     }
 
 
-def _stamps(config: BenchmarkConfig, grid: Grid) -> list[str]:
-    """What results of the grid are marked with: leakage that the user has allowed, once an arm."""
-    found: dict[tuple[str, str], None] = {}
+def _stamps(config: BenchmarkConfig, grid: Grid) -> tuple[list[str], list[str]]:
+    """What results of the grid are marked with, once an arm: leakage that the user has allowed, and what else was told
+    of the check for it."""
+    found: dict[tuple[bool, str], None] = {}
     for cell in grid.cells:
         path = Path(cell.config.out) / config.subjects / "evaluation.json"
-        lines = read_json(path).get("leakage", ()) if path.exists() else ()
-        found.update({(cell.arm, line): None for line in lines})
-    return [f"{arm}: {line}" for arm, line in found]
+        result = read_json(path) if path.exists() else {}
+        leakage = result.get("leakage") or ()
+        found.update({(line in leakage, f"{cell.arm}: {line}"): None for line in told(result)})
+    return [line for marked, line in found if marked], [line for marked, line in found if not marked]
 
 
 def _gaps(scores: Mapping[tuple[str, str], Sequence[Sequence[Row]]], baseline: str) -> list[str]:
@@ -175,7 +180,7 @@ def print_benchmark(result: Mapping[str, Any]) -> None:
     if not console.is_terminal:  # a log file is as wide as the table
         console = Console(width=WIDTH)
     console.print(drawn)
-    for warning in result["warnings"]:
+    for warning in [*result["unchecked"], *result["warnings"]]:
         console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     for line in result["sentences"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -21,9 +21,11 @@ from medcl.evaluation import statistics
 from medcl.evaluation.metrics import MEASURES, OUTCOMES, segmentation_scores
 from medcl.evaluation.statistics import Interval, bootstrap_mean, counted
 from medcl.files import read_json, write_json, write_text
+from medcl.leakage import checked, told
 from medcl.run import log
 
 EVALUATION_VERSION = 1
+UNKNOWN = "nothing is known of what made these predictions: whether it has seen them was not checked"
 COLUMNS = ("case", "subject", "class", "name", "outcome", *MEASURES, "volume_pred_ml", "volume_ref_ml")
 _PARSE: dict[str, Callable[[str], Any]] = {"case": str, "subject": str, "class": int, "name": str, "outcome": str}
 
@@ -37,7 +39,7 @@ def score_folder(
     *,
     subjects: Collection[str] | None = None,
     tolerance_mm: float = 1.0,
-    leakage: Sequence[str] = (),
+    audit: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Scores every labelled case that has a prediction, and writes `evaluation.csv` and `evaluation.json`.
 
@@ -50,7 +52,8 @@ def score_folder(
         out: folder for the two files.
         subjects: only these; None for all.
         tolerance_mm: surface distance that NSD forgives, in mm.
-        leakage: what the result is marked with, a sentence each.
+        audit: the check that these predictions have gone through (`medcl.evaluation.checked`); without one, the result
+            says that nothing is known of what made them.
 
     Returns:
         What `evaluation.json` holds: counts, intervals per class and overall, missing predictions, conventions.
@@ -65,7 +68,7 @@ def score_folder(
     if not cases:
         chosen = "no subject chosen has a label map" if subjects is not None else "no case has a label map"
         raise MedclError(f"{chosen}, so nothing can be scored", manifest.root, "Point to the labelled data.")
-    found = _prediction_files(Path(predictions))
+    found = prediction_files(Path(predictions))
     scored = [case for case in cases if case.id in found]
     if not scored:
         raise MedclError(
@@ -95,12 +98,14 @@ def score_folder(
     unexpected = Counter(row["class"] for row in rows if row["class"] not in classes)
     rows = _complete(rows, scored, classes)
     wanted = {case.id for case in cases}
+    audit = audit or checked([], gaps=[UNKNOWN])
     result = {
         "medcl_evaluation": EVALUATION_VERSION,
         "n_cases": len(scored),
         "n_subjects": len({case.subject for case in scored}),
         "tolerance_mm": tolerance_mm,
-        "leakage": list(leakage),
+        "leakage": audit["leakage"],
+        "audit": dict(audit),
         **summarise(rows, classes),
         "missing_predictions": [case.id for case in cases if case.id not in found],
         "unscored_predictions": unscored,
@@ -214,7 +219,7 @@ def interval_cells(entry: Mapping[str, Any]) -> list[str]:
 
 def notices(result: Mapping[str, Any]) -> list[str]:
     """Whatever should keep a reader from taking the means at face value, a sentence each."""
-    lines = list(result.get("leakage", ()))
+    lines = told(result)
     if missing := result["missing_predictions"]:
         lines.append(f"no prediction, so in no mean, for {counted(len(missing), 'labelled case')}: {_listed(missing)}")
     for problem in result.get("unscored_predictions", {}).values():
@@ -228,8 +233,8 @@ def notices(result: Mapping[str, Any]) -> list[str]:
     for entry in result["classes"]:
         for outcome in ("missed", "invented"):
             if count := entry["outcomes"][outcome]:
-                told = "Dice and NSD are 0 there, HD95 is left out"
-                lines.append(f"{entry['name']} is {outcome} in {counted(count, 'case')}: {told}")
+                scored = "Dice and NSD are 0 there, HD95 is left out"
+                lines.append(f"{entry['name']} is {outcome} in {counted(count, 'case')}: {scored}")
     return lines
 
 
@@ -285,7 +290,7 @@ def _interval(rows: Sequence[Row], metric: str) -> Interval:
     return bootstrap_mean([row[metric] for row in rows], [row["subject"] for row in rows])
 
 
-def _prediction_files(folder: Path) -> dict[str, Path]:
+def prediction_files(folder: Path) -> dict[str, Path]:
     """Case id to file, for every volume in the folder."""
     if not folder.is_dir():
         raise MedclError("no such folder", folder, "Write predictions with `medcl predict`.")

@@ -12,6 +12,7 @@ from medcl.errors import MedclError
 from medcl.evaluation.evaluate import Row, mean_over_classes, read_scores
 from medcl.evaluation.metrics import MEASURES
 from medcl.files import read_json
+from medcl.leakage import told
 from medcl.run import read_config
 
 
@@ -27,6 +28,7 @@ class Arm:
         network: what `weights/contract.json` says of the network, empty where there is none.
         rows: `test/evaluation.csv`.
         leakage: what `test/evaluation.json` is marked with.
+        unchecked: what else it says of the check for leakage: what was not looked for.
     """
 
     run: Path
@@ -36,6 +38,7 @@ class Arm:
     network: dict[str, Any]
     rows: list[Row]
     leakage: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
     @property
     def draw(self) -> Any:
@@ -66,8 +69,10 @@ def load_arm(run: Path) -> Arm:
     )
     rows = read_scores(run / "test" / "evaluation.csv")
     result = run / "test" / "evaluation.json"
-    leakage = tuple(read_json(result).get("leakage", ())) if result.exists() else ()
-    return Arm(run, config, split, plan, contract.get("backbone", {}), rows, leakage)
+    scores = read_json(result) if result.exists() else {}
+    leakage = tuple(scores.get("leakage") or ())
+    unchecked = tuple(line for line in told(scores) if line not in leakage)
+    return Arm(run, config, split, plan, contract.get("backbone", {}), rows, leakage, unchecked)
 
 
 def flat_config(run: Path) -> dict[str, Any]:

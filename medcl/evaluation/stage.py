@@ -10,11 +10,10 @@ from medcl.data.case import Manifest
 from medcl.data.splits import Split, cases_of
 from medcl.data.stage import load_source
 from medcl.errors import MedclError
+from medcl.evaluation.checked import check_folder, check_run
 from medcl.evaluation.compare import compare as compare_runs
 from medcl.evaluation.evaluate import score_folder
-from medcl.leakage import compared, refuse, stamp
 from medcl.run import log, read_config, setup_log
-from medcl.seen import seen_by, seen_in
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -36,7 +35,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise MedclError("nothing to compare with", "--reference", "Give a folder of labelled scans.")
     manifest = load_source(config.reference, config.channel)
     out = Path(config.out) if config.out else predictions
-    return score_folder(predictions, manifest, out, tolerance_mm=config.tolerance)
+    audit = check_folder(predictions, manifest, config.allow_leakage)
+    return score_folder(predictions, manifest, out, tolerance_mm=config.tolerance, audit=audit)
 
 
 def _evaluate_run(run: Path, config: EvaluateConfig) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def _evaluate_run(run: Path, config: EvaluateConfig) -> dict[str, Any]:
     if config.subjects not in ("test", "val"):
         raise MedclError(f"unknown subjects {config.subjects!r}", "--subjects", "Use test or val.")
     split = Split.load(run / "split.json")
-    subjects, store = getattr(split, config.subjects), str(trained.get("store") or "")
+    subjects = getattr(split, config.subjects)
     cases = cases_of(manifest, subjects, labelled=True)
     if not cases:
         where = config.reference or "SCANS"
@@ -59,17 +59,12 @@ def _evaluate_run(run: Path, config: EvaluateConfig) -> dict[str, Any]:
             f"has no labelled {config.subjects} subject" + (f" in {where}" if config.reference else ""), run,
             f"For others: `medcl predict {run} {where} OUT`, then `medcl evaluate OUT {where}`.",
         )  # fmt: skip
-    leakage = compared(seen_by(run), seen_in(manifest, cases, store=store), store=store)
-    refuse(leakage, config.allow_leakage or bool(trained.get("allow_leakage")), run)
-    if leakage["sentence"]:
-        log.warning("%s.", leakage["sentence"])
+    audit = check_run(run, manifest, cases, config.subjects, config.allow_leakage)
     out = Path(config.out) if config.out else run / config.subjects
     log.info("%s: %d %s volumes of %d subjects.", run, len(cases), config.subjects, len(subjects))
     predict_cases(Predictor(run, str(trained["accelerator"]), str(trained["precision"])), manifest, cases, out)
-    return score_folder(
-        out, manifest.with_cases(cases), out, subjects=subjects, tolerance_mm=config.tolerance,
-        leakage=stamp(leakage, run),
-    )  # fmt: skip
+    scored = manifest.with_cases(cases)
+    return score_folder(out, scored, out, subjects=subjects, tolerance_mm=config.tolerance, audit=audit)
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from medcl.errors import MedclError
 from medcl.networks.backbones import Backbone
 from medcl.networks.heads import pooled_pyramid
+from medcl.run import log
+from medcl.trained import count, summary
 
 WIDTHS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048}
 
@@ -161,7 +163,12 @@ def instance_encoder(name: str, seed: int = 0) -> InstanceEncoder:
     if (folder / "weights" / "contract.json").exists():
         from medcl.checkpoint import rebuild
 
-        return VolumeEncoder(rebuild(folder)[1]).eval()
+        contract, backbone = rebuild(folder)
+        random = backbone.tensor_names("encoder").difference(contract.trained_in(backbone).tensors)
+        if fresh := count(backbone, random):
+            log.warning("%s: %d tensors of the encoder were never trained, so that features of theirs are random: %s.",
+                        name, fresh, ", ".join(summary(random, backbone.net.state_dict())))  # fmt: skip
+        return VolumeEncoder(backbone).eval()
     if name in WIDTHS:
         return PatchResNet(name).eval()
     if name.startswith("timm:"):

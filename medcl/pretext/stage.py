@@ -36,6 +36,7 @@ from medcl.pretext.watch import Watch
 from medcl.run import begun_run, log, open_run, read_config, write_config, write_provenance
 from medcl.scale import await_leader, check_scale, local_rank
 from medcl.seen import Seen, save_seen, seen_by, seen_in
+from medcl.trained import Record
 from medcl.training import (
     adamw,
     choose_accelerator,
@@ -213,6 +214,7 @@ def pretrain(config: PretrainConfig) -> Path:
     tell_small_volumes(stored, task)
     dataset = ReadDataset([item.path for item in stored], task.read_size, config.seed, task.places)
     module = PretextModule(task, dataset, config)
+    record = Record(task.backbone, taken.taken if taken else None)
     task.backbone.parts = max(config.parts, task.backbone.parts)
     if config.compile:
         compile_network(task.backbone)
@@ -240,11 +242,12 @@ def pretrain(config: PretrainConfig) -> Path:
     fit(trainer, module, run if first else None)
     if summary := watch.summary():
         log.info(summary)
-    trained = whole(task.backbone)
+    kept = whole(task.backbone)
+    trained = record.trained(task.backbone, trainer.optimizers, kept)
     if led:
         return run
     save_seen(run, before + seen_in(manifest, [item.case for item in stored], "pretraining", run, config.store))
-    save_weights(run, trained, contract_of(task, config, plan, spec, stored))
+    save_weights(run, kept, contract_of(task, config, plan, spec, stored).with_trained(trained, kept))
     write_provenance(run, began, accelerator=accelerator, precision=precision, seed=config.seed, resumed_at=first)
     log.info("Encoder in %s after %s.", run / "weights", hours(time.monotonic() - began))
     return run
@@ -349,8 +352,7 @@ def contract_of(
         kind="pretrained",
         backbone=spec,
         plan=plan,
-        # a decoder is of no use without the encoder that it reads, trained or not
-        trained=("encoder", *(part for part in task.trains if part != "encoder")),
+        trained=(),  # told once they are
         task=config.task,
         options=task.resolved(),
         source=str(Path(config.source).resolve()),

@@ -39,7 +39,7 @@ def write_benchmark_report(out: Path, result: Mapping[str, Any]) -> Path:
         for labels in result["labels"]
         if any(entry["labels"] == labels and "difference" in entry for entry in result["entries"])
     ]
-    stamps = result.get("warnings", [])
+    stamps = [*result["unchecked"], *result["warnings"]]
     body = [
         html.warnings(stamps),
         html.section("What came out", html.bullets([f"{line}." for line in result["sentences"]])),

@@ -50,7 +50,8 @@ def write_run_report(run: Path) -> Path:
     manifest = _if_there(run / "manifest.json", Manifest.load)
     split = _if_there(run / "split.json", read_json) or {}
     scores = _if_there(run / "test" / "evaluation.json", read_result)
-    rows = _if_there(run / "test" / "evaluation.csv", read_scores) or []
+    # scores without the result that says how they were checked are not shown
+    rows = (_if_there(run / "test" / "evaluation.csv", read_scores) if scores else None) or []
     provenance = _if_there(run / "provenance.json", read_json) or {}
     series = figures.read_series(run)
     kind = {"finetune": "Fine-tuning", "pretrain": "Pretraining"}.get(str(config.get("stage")), "Run")
@@ -91,7 +92,7 @@ def write_comparison_report(
     gap = f"{first} minus {second}"
     body = [
         html.paragraph(f"{sentence[:1].upper()}{sentence[1:]}.", "headline"),
-        html.warnings(map(html.without_files, result["warnings"])),
+        html.warnings(map(html.without_files, [*result["unchecked"], *result["warnings"]])),
         html.section(
             "The difference",
             html.figure(

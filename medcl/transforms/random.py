@@ -50,6 +50,14 @@ def mix(seed: int, *ints: int) -> int:
     return state & _MASK63
 
 
+def mixed_seed(seed: int, *numbers: int) -> int:
+    """The seed of one of several trainings under one seed, such as a draw of labels: another for each, as `mix` does.
+
+    32 bits, which is what every generator takes. Where all numbers are 0 it is `seed` itself.
+    """
+    return mix(seed, *numbers, name_key("training")) % 2**32 if any(numbers) else seed
+
+
 def mix_seeds(seeds: Tensor, *ints: int | Tensor) -> Tensor:
     """`mix` for a whole batch.
 
