@@ -19,7 +19,7 @@ from medcl.downstream.objectives import BagContrast, Batch, Plain
 from medcl.errors import MedclError
 from medcl.networks.aggregators import AGGREGATORS
 from medcl.networks.bagged import Aggregator, Bagged
-from medcl.training import warmup_cosine
+from medcl.training import decayed, warmup_cosine
 
 WARMUP = 0.05
 STATISTICS_FROM = 200_000  # instances that mean and deviation are taken from
@@ -134,7 +134,11 @@ def train(
     target = torch.as_tensor(labels, device=device)
     objective = METHODS[config.method](model, config, [len(bag.h) for bag in bags], target)
     model.train()
-    optimiser = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    groups = [
+        {"params": [p for p in model.parameters() if decayed(p) == decay], "weight_decay": config.weight_decay * decay}
+        for decay in (True, False)
+    ]
+    optimiser = torch.optim.AdamW(groups, config.lr)
     rng = np.random.default_rng([seed, 7])
     steps = config.epochs * -(-len(bags) // config.batch_size)
     for step, chosen in enumerate(batches(config, labels, rng)):
