@@ -108,11 +108,12 @@ def sub_volumes(image: np.ndarray, size: tuple[int, int, int], block: int = 8) -
         size: voxels of a sub-volume.
         block: sub-volumes a block.
     """
-    starts = []
+    starts, steps = [], []
     for extent, n in zip(image.shape, size, strict=True):
         last = max(0, extent - n)
         count = -(-last // max(1, n // 2)) + 1
         starts.append([round(i * last / max(1, count - 1)) for i in range(count)])
+        steps.append(last / (count - 1) if count > 1 else float(n))
     corners = np.array(list(itertools.product(*starts)), dtype=np.int64)
     spread = [np.ptp(_cut(image, corner, size)) for corner in corners]
     corners = corners[np.array(spread) > 0] if max(spread) > 0 else corners[:1]
@@ -121,7 +122,7 @@ def sub_volumes(image: np.ndarray, size: tuple[int, int, int], block: int = 8) -
         for some in _blocks(corners, block):
             yield np.stack([_cut(image, corner, size)[None] for corner in some])
 
-    return Instances(corners, {"size": list(size)}, read)
+    return Instances(corners, {"size": list(size), "step": steps}, read)
 
 
 def slices(array: np.ndarray, pixels: int, block: int = 64) -> Instances:
@@ -144,7 +145,7 @@ def slices(array: np.ndarray, pixels: int, block: int = 64) -> Instances:
             yield np.stack([picture(z) for z in some])
 
     corners = np.array([[0, 0, z] for z in shown], dtype=np.int64)
-    return Instances(corners, {"slices": grey.shape[2]}, read)
+    return Instances(corners, {"slices": grey.shape[2], "step": [1.0, 1.0, 1.0]}, read)
 
 
 def _cut(image: np.ndarray, corner: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:

@@ -132,8 +132,8 @@ class InstanceContrast(Plain):
                 self._remember(batch, pseudo)
         total = soft_cross_entropy(logits, pseudo)
         total = total + net.bag_weight * net.loss(out, batch.labels, mask, self.weight)
-        numbers = np.concatenate([self.first[b] + rows for b, rows in zip(batch.bags, batch.rows, strict=True)])
-        numbers = torch.from_numpy(numbers).to(q.device)
+        rows = np.concatenate([self.first[b] + rows for b, rows in zip(batch.bags, batch.rows, strict=True)])
+        numbers = torch.from_numpy(rows).to(q.device)
         return total + net.contrast_weight * self._contrast(q, k, classes, numbers, batch.progress < net.warmup)
 
     def _remember(self, batch: Batch, pseudo: Tensor) -> None:

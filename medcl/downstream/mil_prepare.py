@@ -172,7 +172,7 @@ def of_volume(bag: Bag, encoder: InstanceEncoder, plan: Plan | None, config: MIL
         h, corners = cells_of_volume(image, whole, encoder, size, device, config.maps, step, config.pool)
         name = f"{encoder.identity}:cells-{'x'.join(map(str, size))}" + (f"-{config.maps}" if config.maps else "")
         name += "" if config.pool == "mean-max" else f"-{config.pool}"
-        return Features(h, corners, name, {**meta, "size": list(size)})
+        return Features(h, corners, name, {**meta, "size": list(size), "step": list(step)})
     if config.instances == "slices":  # as thin as the encoder can see: one voxel for a slice-wise one
         size = round_up((image.shape[0], image.shape[1], 1), multiple)
     else:
