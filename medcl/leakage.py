@@ -92,13 +92,15 @@ def _told(volume: SeenVolume) -> str:
 
 
 def compared(
-    seen: Seen, held: Seen, within: bool = False, store: str = "", twins: Sequence[Overlap] = ()
-) -> dict[str, Any]:
+    seen: Seen, held: Seen, within: bool = False, store: str = "", twins: Sequence[Overlap] = (),
+    what: str = "volumes", how: str = "in training", kinds: Mapping[str, str] = KINDS,
+) -> dict[str, Any]:  # fmt: skip
     """The outcome of an audit as JSON holds it: counts, overlaps, gaps, and a sentence where anything overlaps.
 
     Args:
         seen, held, within, store: as for `overlaps`.
         twins: held-out volumes that were set aside because they equal others.
+        what, how, kinds: words of the sentence.
     """
     found = [*twins, *overlaps(seen, held, within, store)]
     return {
@@ -106,20 +108,20 @@ def compared(
         "seen": len({volume.voxels for volume in seen.volumes} - {""}),
         "held_out": len(held.volumes) + len(twins),
         "threshold": THRESHOLD,
-        "sentence": _sentence(found, len(held.volumes) + len(twins)),
+        "sentence": _sentence(found, len(held.volumes) + len(twins), what, how, kinds),
         "overlaps": [asdict(each) for each in found],
         "gaps": list(dict.fromkeys(seen.gaps + held.gaps)),
     }
 
 
-def _sentence(found: list[Overlap], held: int) -> str:
+def _sentence(found: list[Overlap], held: int, what: str, how: str, kinds: Mapping[str, str]) -> str:
     if not found:
         return ""
     first = {each.case: each for each in reversed(found)}
-    kinds = Counter(each.kind for each in first.values())
-    told = "; ".join(f"{kinds[kind]} with {text}" for kind, text in KINDS.items() if kinds[kind])
+    counts = Counter(each.kind for each in first.values())
+    told = "; ".join(f"{counts[kind]} with {text}" for kind, text in kinds.items() if counts[kind])
     return (
-        f"leakage: {len(first)} of {held} held-out volumes were seen in training: {told}; "
+        f"leakage: {len(first)} of {held} held-out {what} were seen {how}: {told}; "
         f"such as {found[0].case}, seen as {found[0].seen}{_likeness(found[0])}"
     )
 

@@ -14,6 +14,7 @@ import numpy as np
 from medcl.data.bags import FEATURE_SUFFIXES, Bag
 from medcl.data.slides import IMAGES, Slide, Tiling, side_of, tiles
 from medcl.errors import MedclError
+from medcl.files import file_sha256, sha256
 
 READERS = 4  # threads that decode tiles: the libraries release the interpreter while they do
 
@@ -48,6 +49,20 @@ def kind_of(bag: Bag) -> str:
         return "patches" if any(p.suffix.lower() in IMAGES for p in path.iterdir()) else "volume"
     name = path.name.lower()
     return "volume" if name.endswith((".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".dcm")) else "slide"
+
+
+def content_of(bag: Bag) -> str:
+    """Hash of a slide's or image's bytes, or of those of a folder's images whatever their names.
+
+    Raises:
+        MedclError: a file cannot be read.
+    """
+    files = [p for p in bag.path.iterdir() if p.suffix.lower() in IMAGES] if bag.path.is_dir() else [bag.path]
+    try:
+        each = sorted(file_sha256(path) for path in files)
+    except OSError as error:
+        raise MedclError(f"cannot be read ({error.strerror})", bag.path, "Copy it again.") from None
+    return each[0] if len(each) == 1 else sha256("".join(each).encode())
 
 
 def patches_of(bag: Bag, tiling: Tiling, slide_mpp: float = 0.0, block: int = 64) -> Instances:
