@@ -123,6 +123,8 @@ class MILFitConfig:
         seed: of weights, order, dropout and folds.
         final: fit one more model on all bags, for `medcl mil predict`.
         accelerator: auto, cpu or gpu.
+        allow_leakage: go on where the encoder has seen bags that are held out; every result is then marked. `false`
+            makes it an error.
     """
 
     bags: str
@@ -144,6 +146,7 @@ class MILFitConfig:
     seed: int = 0
     final: bool = True
     accelerator: str = "auto"
+    allow_leakage: bool = True
 
 
 @dataclass(frozen=True)
@@ -154,11 +157,14 @@ class MILPredictConfig:
         run: run folder of `medcl mil fit`.
         bags: as for `medcl mil fit`; labels are not needed.
         out: folder to write.
+        allow_leakage: go on where the encoder or the classifier has seen these bags; every result is then marked.
+            `false` makes it an error.
     """
 
     run: str
     bags: str
     out: str
+    allow_leakage: bool = True
 
 
 @dataclass(frozen=True)

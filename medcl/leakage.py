@@ -110,13 +110,15 @@ def _told(volume: SeenVolume) -> str:
 
 
 def compared(
-    seen: Seen, held: Seen, within: bool = False, store: str = "", twins: Sequence[Overlap] = ()
-) -> dict[str, Any]:
+    seen: Seen, held: Seen, within: bool = False, store: str = "", twins: Sequence[Overlap] = (),
+    what: str = "volumes", how: str = "in training", kinds: Mapping[str, str] = KINDS,
+) -> dict[str, Any]:  # fmt: skip
     """The outcome of an audit as JSON holds it: counts, overlaps, gaps, and a sentence where anything overlaps.
 
     Args:
         seen, held, within, store: as for `overlaps`.
         twins: held-out volumes that were set aside because they equal others.
+        what, how, kinds: words of the sentence.
     """
     found = [*twins, *overlaps(seen, held, within, store)]
     trained, chosen = ({v.voxels for v in seen.volumes if (v.stage == SELECTION) == by} - {""} for by in (False, True))
@@ -126,21 +128,21 @@ def compared(
         "chosen_by": len(chosen),
         "held_out": len(held.volumes) + len(twins),
         "threshold": THRESHOLD,
-        "sentence": _sentence(found, len(held.volumes) + len(twins)),
+        "sentence": _sentence(found, len(held.volumes) + len(twins), what, how, kinds),
         "overlaps": [asdict(each) for each in found],
         "gaps": list(dict.fromkeys(seen.gaps + held.gaps)),
     }
 
 
-def _sentence(found: list[Overlap], held: int) -> str:
+def _sentence(found: list[Overlap], held: int, what: str, how: str, kinds: Mapping[str, str]) -> str:
     trained = {each.case: each for each in reversed(found) if not each.selection}
     chosen = {each.case: each for each in reversed(found) if each.case not in trained}
     parts = []
-    for first, what in ((trained, "were seen in training"), (chosen, "were validated on to choose the weights")):
-        kinds = Counter(each.kind for each in first.values())
-        told = "; ".join(f"{kinds[kind]} with {text}" for kind, text in KINDS.items() if kinds[kind])
+    for first, done in ((trained, f"were seen {how}"), (chosen, "were validated on to choose the weights")):
+        counts = Counter(each.kind for each in first.values())
+        told = "; ".join(f"{counts[kind]} with {text}" for kind, text in kinds.items() if counts[kind])
         if first:
-            parts.append(f"{len(first)} of {held} held-out volumes {what}: {told}")
+            parts.append(f"{len(first)} of {held} held-out {what} {done}: {told}")
     if not parts:
         return ""
     such = next((each for each in found if not each.selection), found[0])

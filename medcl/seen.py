@@ -175,6 +175,12 @@ def _before_records(run: Path, followed: tuple[Path, ...] = ()) -> Seen:
     """From the contract of an older run, and whatever it started from."""
     from medcl.run import read_config
 
+    patches = run / "weights" / "patch_encoder.json"
+    if patches.exists():
+        groups = [SeenVolume(subject=subject_hash(g), stage="pretraining", run=run.name)
+                  for g in read_json(patches).get("groups", ())]  # fmt: skip
+        gap = f"{run.name} was made before medcl kept hashes of bags: groups alone were compared."
+        return Seen(tuple(groups), (gap,))
     if not (run / "weights" / "contract.json").exists():
         raise MedclError("holds no weights", run, "Give the run folder of a finished pretrain or finetune.")
     contract: dict[str, Any] = read_json(run / "weights" / "contract.json")

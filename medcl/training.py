@@ -52,6 +52,11 @@ def warmup_cosine(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
 
 
+def decayed(parameter: torch.nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices and kernels, not to biases and the parameters of normalisation."""
+    return parameter.ndim > 1
+
+
 def adamw(
     module: torch.nn.Module, lr: float, weight_decay: float, steps: int, warmup: float,
     given: Collection[torch.nn.Parameter] = (), given_lr: float = 1.0, frozen: float = 0.0,
@@ -82,11 +87,11 @@ def adamw(
     def usual(step: int) -> float:
         return warmup_cosine(step, steps, warmup)
 
-    for decayed in (True, False):
+    for decay in (True, False):
         for share in (None, *sorted(set(own.values()))):
-            chosen = [p for p in train if (p.ndim > 1) == decayed and own.get(p) == share]
+            chosen = [p for p in train if decayed(p) == decay and own.get(p) == share]
             if chosen:
-                groups.append({"params": chosen, "weight_decay": weight_decay if decayed else 0.0})
+                groups.append({"params": chosen, "weight_decay": weight_decay if decay else 0.0})
                 factors.append(usual if share is None else partial(late, share=share))
     # fused where measured to help; on a GPU Lightning refuses to clip for it in 16 bits
     fused = all(p.device.type == "cpu" for p in train)

@@ -19,6 +19,7 @@ from medcl.config_mil import MILFitConfig, MILPrepareConfig, MILPretrainConfig
 from medcl.data.bag_set import load
 from medcl.data.bags import Bag, classes_of, read_bags
 from medcl.downstream.mil import predict, train
+from medcl.downstream.mil_audit import BagAudit, audit_bags
 from medcl.downstream.mil_prepare import prepare_bags
 from medcl.downstream.mil_stage import divide
 from medcl.errors import tell_errors
@@ -46,6 +47,7 @@ def main(source: Path, out: Path) -> None:
     labels = np.array([classes.index(str(bag.label)) for bag in bags])
     everything = write_table(out / "bags.csv", bags)
     rows: dict[str, list[dict]] = {"pretrained": [], "untrained": []}
+    audits = dict.fromkeys(rows, BagAudit())
     for fold, (learn, held) in enumerate(divide(labels, [bag.group for bag in bags], FOLDS, seed=0)):
         part = out / f"fold{fold}"
         table = write_table(part / "train.csv", [bags[i] for i in learn])
@@ -58,6 +60,9 @@ def main(source: Path, out: Path) -> None:
         for arm, encoder in encoders.items():
             found = load(prepare_bags(MILPrepareConfig(everything, str(part / arm), encoder=str(encoder), **TILE)))
             features = {bag.id: each for bag, each in zip(found.bags, found.features, strict=True)}
+            where = {bag.id: bag for bag in found.bags}
+            tested = [bags[i].id for i in held]
+            audits[arm] += audit_bags([where[name] for name in tested], [features[name] for name in tested])
             for repeat in range(REPEATS):
                 seen = [features[bags[i].id] for i in learn]
                 model = train(FIT, seen, labels[learn].tolist(), len(classes), seed=100 * repeat + fold)
@@ -68,7 +73,7 @@ def main(source: Path, out: Path) -> None:
                     rows[arm].append({**about, **shares})
     for arm, each in rows.items():
         write_rows(out / f"{arm}.csv", each)
-        result = score(each, classes)
+        result = score(each, classes, audits[arm])
         write_json(out / f"{arm}.json", result)
         print(f"\n{arm} encoder")
         print_scores(result)

@@ -51,12 +51,14 @@ class Features:
         coordinates: (K, 2 or 3), None where unknown; pixels of the slide's finest level, or voxels.
         encoder: identity of what made them, empty where unknown.
         meta: further attributes of the file, such as the tile's size.
+        cells: (K, 2 or 3) places on a grid, once `medcl.data.places.cells_of` was asked.
     """
 
     h: np.ndarray
     coordinates: np.ndarray | None = None
     encoder: str = ""
     meta: dict[str, Any] | None = None
+    cells: np.ndarray | None = None
 
 
 def read_bags(path: str | Path) -> tuple[Bag, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 from medcl.data.bags import FEATURE_SUFFIXES, Bag
 from medcl.data.slides import IMAGES, Slide, Tiling, side_of, tiles
 from medcl.errors import MedclError
+from medcl.files import file_sha256, sha256
 
 READERS = 4  # threads that decode tiles: the libraries release the interpreter while they do
 
@@ -48,6 +49,20 @@ def kind_of(bag: Bag) -> str:
         return "patches" if any(p.suffix.lower() in IMAGES for p in path.iterdir()) else "volume"
     name = path.name.lower()
     return "volume" if name.endswith((".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".dcm")) else "slide"
+
+
+def content_of(bag: Bag) -> str:
+    """Hash of a slide's or image's bytes, or of those of a folder's images whatever their names.
+
+    Raises:
+        MedclError: a file cannot be read.
+    """
+    files = [p for p in bag.path.iterdir() if p.suffix.lower() in IMAGES] if bag.path.is_dir() else [bag.path]
+    try:
+        each = sorted(file_sha256(path) for path in files)
+    except OSError as error:
+        raise MedclError(f"cannot be read ({error.strerror})", bag.path, "Copy it again.") from None
+    return each[0] if len(each) == 1 else sha256("".join(each).encode())
 
 
 def patches_of(bag: Bag, tiling: Tiling, slide_mpp: float = 0.0, block: int = 64) -> Instances:
@@ -108,11 +123,12 @@ def sub_volumes(image: np.ndarray, size: tuple[int, int, int], block: int = 8) -
         size: voxels of a sub-volume.
         block: sub-volumes a block.
     """
-    starts = []
+    starts, steps = [], []
     for extent, n in zip(image.shape, size, strict=True):
         last = max(0, extent - n)
         count = -(-last // max(1, n // 2)) + 1
         starts.append([round(i * last / max(1, count - 1)) for i in range(count)])
+        steps.append(last / (count - 1) if count > 1 else float(n))
     corners = np.array(list(itertools.product(*starts)), dtype=np.int64)
     spread = [np.ptp(_cut(image, corner, size)) for corner in corners]
     corners = corners[np.array(spread) > 0] if max(spread) > 0 else corners[:1]
@@ -121,7 +137,7 @@ def sub_volumes(image: np.ndarray, size: tuple[int, int, int], block: int = 8) -
         for some in _blocks(corners, block):
             yield np.stack([_cut(image, corner, size)[None] for corner in some])
 
-    return Instances(corners, {"size": list(size)}, read)
+    return Instances(corners, {"size": list(size), "step": steps}, read)
 
 
 def slices(array: np.ndarray, pixels: int, block: int = 64) -> Instances:
@@ -144,7 +160,7 @@ def slices(array: np.ndarray, pixels: int, block: int = 64) -> Instances:
             yield np.stack([picture(z) for z in some])
 
     corners = np.array([[0, 0, z] for z in shown], dtype=np.int64)
-    return Instances(corners, {"slices": grey.shape[2]}, read)
+    return Instances(corners, {"slices": grey.shape[2], "step": [1.0, 1.0, 1.0]}, read)
 
 
 def _cut(image: np.ndarray, corner: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:

@@ -10,6 +10,7 @@ of noise, and a momentum encoder follows the embedding. Where this differs from 
   classifier says they are. (The release takes a softmax over the 512 channels of the mean feature and trains on two.)
 - A batch holds whole bags, and in a positive bag the likeliest instance counts as positive.
 - The first prototype is that of instances known to be negative.
+- An instance is not contrasted with its own earlier embeddings: small sets are met again before the queue is full.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,6 +104,8 @@ class InstanceContrast(Plain):
         self.prototypes = torch.zeros(net.classes, width, device=device)
         self.queue = torch.empty(0, width, device=device)
         self.queue_classes = torch.empty(0, dtype=torch.long, device=device)
+        self.queue_numbers = torch.empty(0, dtype=torch.long, device=device)
+        self.first = np.concatenate([[0], np.cumsum(sizes)])  # number of the first instance of every bag
 
     def loss(self, batch: Batch) -> Tensor:
         net, mask = self.net, batch.mask
@@ -128,7 +132,9 @@ class InstanceContrast(Plain):
                 self._remember(batch, pseudo)
         total = soft_cross_entropy(logits, pseudo)
         total = total + net.bag_weight * net.loss(out, batch.labels, mask, self.weight)
-        return total + net.contrast_weight * self._contrast(q, k, classes, batch.progress < net.warmup)
+        rows = np.concatenate([self.first[b] + rows for b, rows in zip(batch.bags, batch.rows, strict=True)])
+        numbers = torch.from_numpy(rows).to(q.device)
+        return total + net.contrast_weight * self._contrast(q, k, classes, numbers, batch.progress < net.warmup)
 
     def _remember(self, batch: Batch, pseudo: Tensor) -> None:
         parts = pseudo.split([len(rows) for rows in batch.rows])
@@ -136,17 +142,21 @@ class InstanceContrast(Plain):
             self.pseudo[number] = self.pseudo[number].clone()
             self.pseudo[number][torch.from_numpy(rows)] = part
 
-    def _contrast(self, q: Tensor, k: Tensor, classes: Tensor, by_itself: bool) -> Tensor:
+    def _contrast(self, q: Tensor, k: Tensor, classes: Tensor, numbers: Tensor, by_itself: bool) -> Tensor:
         """Contrast of some instances with their own views and the queue, which takes them up afterwards."""
         chosen = torch.randperm(len(q))[: self.net.anchors].to(q.device)
-        q, k, classes = q[chosen], k[chosen], classes[chosen]
+        q, k, classes, numbers = q[chosen], k[chosen], classes[chosen], numbers[chosen]
         others, other_classes = torch.cat([k, self.queue]), torch.cat([classes, self.queue_classes])
+        other_numbers = torch.cat([numbers, self.queue_numbers])
+        own = torch.eye(len(q), len(others), dtype=torch.bool, device=q.device)
+        same = numbers[:, None] == other_numbers  # the same instance, of this step or of an earlier one
         if by_itself:  # momentum contrast: an instance is like its own view only
-            own = torch.eye(len(q), len(others), dtype=torch.bool, device=q.device)
-            value = contrast(q, others, own, ~own, self.net.temperature)
+            value = contrast(q, others, own, ~same, self.net.temperature)
         else:
-            value = supervised_contrast(q, classes, self.net.temperature, others, other_classes)
+            left_out = torch.cat([same[:, : len(q)], same & ~own], dim=1)
+            value = supervised_contrast(q, classes, self.net.temperature, others, other_classes, left_out)
         self.queue, self.queue_classes = others[: self.net.queue], other_classes[: self.net.queue]
+        self.queue_numbers = other_numbers[: self.net.queue]
         return value
 
     def after_step(self) -> None:

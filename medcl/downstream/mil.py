@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from medcl.config import nearest
 from medcl.config_mil import MILFitConfig
 from medcl.data.bags import Features
+from medcl.data.places import cells_of
 from medcl.downstream.ins import INS, InstanceContrast
 from medcl.downstream.objectives import BagContrast, Batch, Plain
 from medcl.errors import MedclError
 from medcl.networks.aggregators import AGGREGATORS
 from medcl.networks.bagged import Aggregator, Bagged
-from medcl.training import warmup_cosine
+from medcl.training import decayed, warmup_cosine
 
 WARMUP = 0.05
 STATISTICS_FROM = 200_000  # instances that mean and deviation are taken from
@@ -112,17 +113,6 @@ def collate(bags: Sequence[Features], device: torch.device | str = "cpu") -> tup
     return h.to(device), mask.to(device), None if where is None else where.to(device)
 
 
-def cells_of(bag: Features) -> np.ndarray | None:
-    """Whole-numbered cells of a grid from coordinates in pixels: divided by the smallest step between instances."""
-    if bag.coordinates is None:
-        return None
-    columns = []
-    for values in np.asarray(bag.coordinates, dtype=np.int64).T:
-        steps = np.diff(np.unique(values))
-        columns.append((values - values.min()) // (steps.min() if len(steps) else 1))
-    return np.stack(columns, axis=1)
-
-
 def train(
     config: MILFitConfig, bags: Sequence[Features], labels: Sequence[int], classes: int, seed: int, device: str = "cpu"
 ) -> BagClassifier:
@@ -134,7 +124,11 @@ def train(
     target = torch.as_tensor(labels, device=device)
     objective = METHODS[config.method](model, config, [len(bag.h) for bag in bags], target)
     model.train()
-    optimiser = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    groups = [
+        {"params": [p for p in model.parameters() if decayed(p) == decay], "weight_decay": config.weight_decay * decay}
+        for decay in (True, False)
+    ]
+    optimiser = torch.optim.AdamW(groups, config.lr)
     rng = np.random.default_rng([seed, 7])
     steps = config.epochs * -(-len(bags) // config.batch_size)
     for step, chosen in enumerate(batches(config, labels, rng)):
@@ -196,10 +190,13 @@ def rows_of(bag: Features, most: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def some_of(bag: Features, rows: np.ndarray) -> Features:
-    """A bag of some of its instances."""
+    """A bag of some of its instances, each in the cell that it has in the whole bag."""
     if len(rows) == len(bag.h):
         return bag
-    return Features(bag.h[rows], None if bag.coordinates is None else bag.coordinates[rows], bag.encoder, bag.meta)
+    where, cells = bag.coordinates, cells_of(bag)
+    if where is None or cells is None:
+        return Features(bag.h[rows], None, bag.encoder, bag.meta)
+    return Features(bag.h[rows], where[rows], bag.encoder, bag.meta, cells[rows])
 
 
 @torch.no_grad()

@@ -23,11 +23,12 @@ from medcl.checkpoint import load_weights
 from medcl.config_mil import MILPrepareConfig
 from medcl.data.bags import Bag, Features, read_bags, read_features, write_features
 from medcl.data.checks import check_image
-from medcl.data.instances import Instances, kind_of, patches_of, slices, sub_volumes, table_of
+from medcl.data.instances import Instances, content_of, kind_of, patches_of, slices, sub_volumes, table_of
 from medcl.data.io import read_volume, to_canonical
 from medcl.data.plan import Plan, round_up
 from medcl.data.prepare import prepare_image
 from medcl.data.slides import Tiling
+from medcl.downstream.mil_audit import record_encoder, volume_marks
 from medcl.errors import MedclError
 from medcl.files import write_json, write_rows
 from medcl.networks.patch_encoders import InstanceEncoder, VolumeEncoder, instance_encoder
@@ -42,7 +43,8 @@ def prepare_bags(config: MILPrepareConfig) -> Path:
     """Extracts the features of every bag of a table.
 
     Returns:
-        The folder: `bags.csv` that `medcl mil fit` reads, `features/BAG.h5`, and `aside.json` with what was set aside.
+        The folder: `bags.csv` that `medcl mil fit` reads, `features/BAG.h5`, `encoder/` with what the encoder has
+        seen, and `aside.json` with what was set aside.
 
     Raises:
         MedclError: a setting cannot work, or no bag can be used.
@@ -66,15 +68,17 @@ def prepare_bags(config: MILPrepareConfig) -> Path:
                 done.append((bag, bag.path.resolve()))
                 continue
             recipe = recipe_of(bag, encoder, tiling, config)
-            if not is_current(path, recipe):
-                if kind == "volume":
-                    features = of_volume(bag, encoder, plan, config, device)
-                else:
-                    found = patches_of(bag, tiling, config.slide_mpp)
-                    features = Features(encode(found, encoder, device), found.coordinates, encoder.identity, found.meta)
-                features.meta = {"source": str(bag.path.resolve()), **(features.meta or {}), "recipe": recipe}
+            features, meta = current(path, recipe), {"source": str(bag.path.resolve()), "recipe": recipe}
+            extracted = features is not None
+            if features is None and kind == "volume":
+                features = of_volume(bag, encoder, plan, config, device)
+            elif features is None:
+                found = patches_of(bag, tiling, config.slide_mpp)
+                features = Features(encode(found, encoder, device), found.coordinates, encoder.identity, found.meta)
+            if not extracted or "content" not in (features.meta or {}):  # as before medcl kept it
+                features.meta = {**(features.meta or {}), **marks_of(bag, kind), **meta}
                 write_features(path, features)
-                fresh += 1
+            fresh += not extracted
             done.append((bag, Path("features") / path.name))
         except MedclError as error:
             aside[bag.id] = str(error)
@@ -85,6 +89,7 @@ def prepare_bags(config: MILPrepareConfig) -> Path:
     write_json(out / "aside.json", aside)
     if not done:
         raise MedclError(f"none of {len(bags)} bags can be used", config.bags, "Mend what is told above.")
+    record_encoder(out, config.encoder, encoder.identity)
     write_rows(out / "bags.csv", table_of(done))
     log.info("%d bags in %s, %d of them extracted now by %s; %d set aside.",
              len(done), out, fresh, encoder.identity, len(aside))  # fmt: skip
@@ -128,13 +133,22 @@ def recipe_of(bag: Bag, encoder: InstanceEncoder, tiling: Tiling, config: MILPre
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def is_current(path: Path, recipe: str) -> bool:
+def current(path: Path, recipe: str) -> Features | None:
+    """The features of a file that this recipe has made; None where there is no such file."""
     if not path.exists():
-        return False
+        return None
     try:
-        return (read_features(path).meta or {}).get("recipe") == recipe
+        features = read_features(path)
     except MedclError:
-        return False
+        return None
+    return features if (features.meta or {}).get("recipe") == recipe else None
+
+
+def marks_of(bag: Bag, kind: str) -> dict[str, Any]:
+    """What tells a bag's source from others, under whatever name and group."""
+    if kind != "volume":
+        return {"content": content_of(bag)}
+    return volume_marks(np.asarray(to_canonical(read_volume([bag.path])).array))
 
 
 @torch.no_grad()
@@ -172,7 +186,7 @@ def of_volume(bag: Bag, encoder: InstanceEncoder, plan: Plan | None, config: MIL
         h, corners = cells_of_volume(image, whole, encoder, size, device, config.maps, step, config.pool)
         name = f"{encoder.identity}:cells-{'x'.join(map(str, size))}" + (f"-{config.maps}" if config.maps else "")
         name += "" if config.pool == "mean-max" else f"-{config.pool}"
-        return Features(h, corners, name, {**meta, "size": list(size)})
+        return Features(h, corners, name, {**meta, "size": list(size), "step": list(step)})
     if config.instances == "slices":  # as thin as the encoder can see: one voxel for a slice-wise one
         size = round_up((image.shape[0], image.shape[1], 1), multiple)
     else:

@@ -15,11 +15,13 @@ from medcl.config_mil import MILFitConfig, MILPredictConfig
 from medcl.data.bag_set import Loaded, load
 from medcl.data.bags import Bag, Features, classes_of
 from medcl.downstream.mil import METHODS, BagClassifier, Prediction, build, predict, train
+from medcl.downstream.mil_audit import FITTING, audit_bags, classifier_of, record_of
 from medcl.errors import MedclError
 from medcl.evaluation.bags import score
 from medcl.files import atomic_path, read_json, sha256, write_json, write_rows
 from medcl.losses.bags import SCHEDULES
 from medcl.run import log, open_run, write_provenance
+from medcl.seen import save_seen
 from medcl.training import choose_accelerator, hours
 from medcl.transforms.random import mixed_seed
 
@@ -29,13 +31,15 @@ BALANCE = ("none", "weights", "sampling")
 def fit(config: MILFitConfig) -> Path:
     """Cross-validates a classifier of bags with whole groups held out, then fits one on all of them.
 
-    Nothing is chosen on held-out bags: the number of epochs is the config's.
+    Nothing is chosen on held-out bags: the number of epochs is the config's. Every bag is held out in one fold, so all
+    are compared with what the encoder of their features has seen.
 
     Returns:
-        The run folder: `predictions.csv` (of bags held out), `metrics.json`, `folds.json`, and `weights/`.
+        The run folder: `predictions.csv` (of bags held out), `metrics.json`, `audit.json`, `folds.json`, `weights/`.
 
     Raises:
-        MedclError: a setting cannot work, or the bags do not allow so many folds.
+        MedclError: a setting cannot work, or the bags do not allow so many folds; or bags were seen and that is not
+            allowed.
     """
     began = time.monotonic()
     check(config)
@@ -46,8 +50,12 @@ def fit(config: MILFitConfig) -> Path:
     groups = [bag.group for bag in bags]
     check_folds(bags, config.folds)
     build(config, features[0].h.shape[1], len(classes))  # refuses what cannot be built, before a folder is made
+    audit = audit_bags(bags, features)
+    audit.refuse(config.allow_leakage, config.bags)
     run = open_run(config.out, config, "mil fit")
     tell(loaded, classes)
+    audit.tell()
+    audit.save(run)
     device = "cuda" if choose_accelerator(config.accelerator) == "gpu" else "cpu"
     rows: list[dict[str, Any]] = []
     divisions = []
@@ -57,17 +65,20 @@ def fit(config: MILFitConfig) -> Path:
             seed = mixed_seed(config.seed, repeat, fold)
             model = train(config, [features[i] for i in learn], labels[learn].tolist(), len(classes), seed, device)
             for i, told in zip(held, predict(model, [features[i] for i in held]), strict=True):
-                rows.append(_row(bags[i], told, classes, repeat=repeat, fold=fold))
+                seen = audit.seen.get(bags[i].id, "")
+                rows.append(_row(bags[i], told, classes, repeat=repeat, fold=fold, seen=seen))
             divisions.append({"repeat": repeat, "fold": fold, "test": sorted({groups[i] for i in held})})
         log.info("Repeat %d of %d done after %s.", repeat + 1, config.repeats, hours(time.monotonic() - began))
     write_rows(run / "predictions.csv", rows)
     write_json(run / "folds.json", divisions)
-    result = score(rows, classes)
+    result = score(rows, classes, audit)
     write_json(run / "metrics.json", {**result, "aside": loaded.aside, "read": facts_of(loaded)})
     if config.final:
         model = train(config, features, labels.tolist(), len(classes), config.seed, device)
+        save_seen(run, record_of(bags, features, FITTING, run))
         save(run, model, config, classes, loaded.encoder, groups)
-    write_provenance(run, began, seed=config.seed, accelerator=device)
+    facts = {"leakage": list(audit.leakage)} if audit.leakage else {}
+    write_provenance(run, began, seed=config.seed, accelerator=device, **facts)
     log.info("In %s after %s.", run, hours(time.monotonic() - began))
     return run
 
@@ -185,7 +196,8 @@ def predict_bags(config: MILPredictConfig) -> Path:
     """Writes `predictions.csv` and, a file a bag, the attention of every instance with its coordinates.
 
     Raises:
-        MedclError: features of another encoder or width than the classifier was fitted to.
+        MedclError: features of another encoder or width than the classifier was fitted to; or bags that encoder or
+            classifier have seen, where that is not allowed.
     """
     model, facts = restore(config.run)
     loaded = load(config.bags)
@@ -201,6 +213,9 @@ def predict_bags(config: MILPredictConfig) -> Path:
             "Extract them with that encoder.",
         )  # fmt: skip
     out = Path(config.out)
+    audit = audit_bags(loaded.bags, loaded.features, classifier_of(config.run, facts))
+    audit.refuse(config.allow_leakage, config.bags)
+    audit.tell()
     told = predict(model, loaded.features)
     classes = facts["classes"]
     seen = {bag.id for bag in loaded.bags if bag.group in set(facts.get("groups", []))}
@@ -209,10 +224,10 @@ def predict_bags(config: MILPredictConfig) -> Path:
             "%d of %d bags, such as %s, are of groups that the classifier was fitted to: their scores say nothing "
             "about new ones.", len(seen), len(told), min(seen),
         )  # fmt: skip
-    write_rows(
-        out / "predictions.csv",
-        [_row(b, t, classes, seen="yes" if b.id in seen else "") for b, t in zip(loaded.bags, told, strict=True)],
-    )
+    marks = {**audit.seen, **dict.fromkeys(seen, "yes")}
+    rows = [_row(b, t, classes, seen=marks.get(b.id, "")) for b, t in zip(loaded.bags, told, strict=True)]
+    audit.save(out)
+    write_rows(out / "predictions.csv", rows)
     for bag, features, each in zip(loaded.bags, loaded.features, told, strict=True):
         write_attention(out / "attention" / f"{bag.id}.csv", features, each, classes)
     write_json(out / "sources.json", {bag.id: str(bag.path.resolve()) for bag in loaded.bags})

@@ -80,7 +80,10 @@ class Plain:
 
 
 class BagContrast(Plain):
-    """SC-MIL: supervised contrast over bags and a memory of earlier ones, its weight falling to 0 during training."""
+    """SC-MIL: supervised contrast over bags and a memory of earlier ones, its weight falling to 0 during training.
+
+    A bag is not compared with itself, whether it stands in the memory or was drawn twice for a batch.
+    """
 
     divisible = False
 
@@ -92,17 +95,21 @@ class BagContrast(Plain):
             one = torch.ones(1, 1, dtype=torch.bool, device=device)
             width = model.eval()(example, one).embedding.shape[1]
         model.projection = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, 128)).to(device)
-        self.memory: list[tuple[Tensor, Tensor]] = []
+        self.memory: list[tuple[Tensor, Tensor, Tensor]] = []  # embeddings, labels and numbers of earlier bags
 
     def loss(self, batch: Batch) -> Tensor:
         assert self.model.projection is not None
         out = self.model(batch.h, batch.mask, batch.where)
         plain = self.model.aggregator.loss(out, batch.labels, batch.mask, self.weight)
         z = self.model.projection(out.embedding)
-        earlier = [torch.cat(parts) for parts in zip(*self.memory, strict=True)] if self.memory else [None, None]
-        contrast = supervised_contrast(z, batch.labels, self.config.temperature, earlier[0], earlier[1])
-        self.memory.append((z.detach(), batch.labels))
+        numbers = torch.as_tensor(batch.bags, device=z.device)
+        now = (z.detach(), batch.labels, numbers)
+        memory, memory_labels, earlier = (torch.cat([part[:0], *(each[i] for each in self.memory)])
+                                          for i, part in enumerate(now))  # fmt: skip
+        itself = numbers[:, None] == torch.cat([numbers, earlier])
+        contrast = supervised_contrast(z, batch.labels, self.config.temperature, memory, memory_labels, itself)
+        self.memory.append(now)
         while sum(len(parts[1]) for parts in self.memory) > self.config.memory and self.memory:
             self.memory.pop(0)
-        now = contrast_weight(batch.progress, self.config.schedule)
-        return now * contrast + (1 - now) * plain
+        share = contrast_weight(batch.progress, self.config.schedule)
+        return share * contrast + (1 - share) * plain

@@ -12,6 +12,7 @@ import numpy as np
 
 from medcl.config_mil import MILEvaluateConfig
 from medcl.data.bags import read_bags
+from medcl.downstream.mil_audit import BagAudit
 from medcl.errors import MedclError
 from medcl.evaluation.classification import classification_scores, group_bootstrap
 from medcl.evaluation.statistics import Interval
@@ -61,10 +62,18 @@ def table_of_predictions(rows: Sequence[dict[str, Any]], classes: Sequence[str])
     return Table(order, [first[bag]["group"] for bag in order], labels, p)
 
 
-def score(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
-    """Scores with intervals over groups, from rows of `predictions.csv`.
+def score(rows: Sequence[dict[str, Any]], classes: Sequence[str], audit: BagAudit) -> dict[str, Any]:
+    """Scores with intervals over groups, from rows of `predictions.csv`, marked with what an audit has found.
 
     With several repeats a score is the mean over them; a bootstrap draw takes a group's bags in all repeats.
+
+    Args:
+        rows: a row a bag and repeat.
+        classes: names of the classes.
+        audit: whether the bags were seen before.
+
+    Returns:
+        What metrics.json holds: counts, intervals, and sentences of `leakage` and `gaps`.
 
     Raises:
         MedclError: see `table_of_predictions`.
@@ -82,7 +91,26 @@ def score(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> dict[str, A
         "groups": len(set(table.groups)),
         "repeats": table.probabilities.shape[1],
         "scores": {key: interval.to_dict() for key, interval in intervals.items()},
+        "leakage": list(audit.leakage),
+        "gaps": list(audit.gaps),
     }
+
+
+def notices(result: dict[str, Any]) -> tuple[str, ...]:
+    """What a reader must know before the scores: whether the bags were seen before, and what nobody knows of it."""
+    audit = BagAudit.of(result)
+    return audit.leakage + audit.gaps
+
+
+def audit_of(folder: Path, rows: Sequence[dict[str, Any]]) -> BagAudit:
+    """The audit beside a `predictions.csv`; where there is none, what the column `seen` says."""
+    audit = BagAudit.load(folder)
+    seen = [row["bag_id"] for row in rows if row.get("seen")]
+    if not seen or audit.leakage:
+        return audit
+    bags = {row["bag_id"] for row in rows}
+    line = f"leakage: {len(set(seen))} of {len(bags)} held-out bags, such as {seen[0]}, were seen in training"
+    return audit + BagAudit((line,))
 
 
 def evaluate_bags(config: MILEvaluateConfig) -> dict[str, Any]:
@@ -106,11 +134,12 @@ def evaluate_bags(config: MILEvaluateConfig) -> dict[str, Any]:
             if row["bag_id"] in known:
                 bag = known[row["bag_id"]]
                 row["label"], row["group"] = bag.label or "", bag.group
-    seen = [row["bag_id"] for row in rows if row.get("seen")]
+    audit = audit_of(path.parent, rows)
+    seen = [row["bag_id"] for row in rows if row.get("seen") == "yes"]
     if seen:
         log.warning("%d of %d bags, such as %s, were trained on: these scores are no test.",
                     len(seen), len(rows), seen[0])  # fmt: skip
-    result = score(rows, classes)
+    result = score(rows, classes, audit.with_groups({row["bag_id"]: row["group"] for row in rows}))
     if config.out:
         write_json(Path(config.out), result)
     return result
@@ -135,4 +164,7 @@ def print_scores(result: dict[str, Any]) -> None:
     for key, data in result["scores"].items():
         interval = Interval.from_dict(data)
         table.add_row(NAMES.get(key, key), f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for line in notices(result):
+        console.print(f"{line[:1].upper()}{line[1:]}.", style="yellow", markup=False, soft_wrap=True)

@@ -17,8 +17,9 @@ SCHEDULES = ("linear", "parabolic", "cosine")
 
 
 def supervised_contrast(
-    z: Tensor, labels: Tensor, temperature: float, memory: Tensor | None = None, memory_labels: Tensor | None = None
-) -> Tensor:
+    z: Tensor, labels: Tensor, temperature: float, memory: Tensor | None = None, memory_labels: Tensor | None = None,
+    left_out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Sum over anchors of -1/|P(i)| sum_{p in P(i)} log( e^{z_i.z_p / t} / sum_{a != i} e^{z_i.z_a / t} ), as a mean.
 
     Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, equation 2.
@@ -29,6 +30,7 @@ def supervised_contrast(
         temperature: positive.
         memory: embeddings of earlier bags (n, d), compared with but without gradient.
         memory_labels: (n,).
+        left_out: (B, B + n) bool, what an anchor is not compared with beside itself, such as its own earlier embedding.
 
     Returns:
         Mean over the anchors that have a positive; 0 where none has.
@@ -42,6 +44,8 @@ def supervised_contrast(
     if memory is not None and memory_labels is not None and len(memory):
         others, other_labels = torch.cat([z, memory.detach().to(z.dtype)]), torch.cat([labels, memory_labels])
     itself = torch.eye(len(z), len(others), dtype=torch.bool, device=z.device)
+    if left_out is not None:
+        itself = itself | left_out
     s = (cosine(z, others) / temperature).masked_fill(itself, -torch.inf)
     log_share = s - torch.logsumexp(s, dim=1, keepdim=True)
     positive = (labels[:, None] == other_labels[None, :]) & ~itself

@@ -55,18 +55,20 @@ class AttentionPool(nn.Module):
     """Attention scores of instances (B, K, M) to (B, n, K).
 
     Ilse et al., "Attention-based Deep Multiple Instance Learning", ICML 2018, equations 8 (plain) and 9 (gated).
+    Dropout acts on both factors, as in the release of CLAM; the paper has none.
     """
 
-    def __init__(self, features: int, hidden: int, heads: int = 1, gated: bool = True):
+    def __init__(self, features: int, hidden: int, heads: int = 1, gated: bool = True, dropout: float = 0.0):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.tanh = nn.Linear(features, hidden)
         self.gate = nn.Linear(features, hidden) if gated else None
         self.score = nn.Linear(hidden, heads)
 
     def forward(self, h: Tensor) -> Tensor:
-        a = torch.tanh(self.tanh(h))
+        a = self.dropout(torch.tanh(self.tanh(h)))
         if self.gate is not None:
-            a = a * torch.sigmoid(self.gate(h))
+            a = a * self.dropout(torch.sigmoid(self.gate(h)))
         return self.score(a).transpose(1, 2)
 
 
@@ -110,7 +112,7 @@ class CLAM(Aggregator):
         k: instances drawn from each end; fewer where a bag is smaller (the release fails there).
         bag_weight: share of the bag loss in the total.
         subtyping: classes exclude one another, so the most attended instances of the other classes are negative.
-        dropout: in embedding and attention.
+        dropout: in the embedding, and in both factors of the gated attention, as in the release.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class CLAM(Aggregator):
     ):  # fmt: skip
         super().__init__(features, classes)
         self.embed = _mlp(features, hidden, dropout)
-        self.pool = AttentionPool(hidden, attention, classes if multi_branch else 1)
+        self.pool = AttentionPool(hidden, attention, classes if multi_branch else 1, dropout=dropout)
         self.multi_branch, self.k, self.bag_weight, self.subtyping = multi_branch, k, bag_weight, subtyping
         self.bag_weights = nn.Parameter(torch.empty(classes, hidden))
         self.bag_bias = nn.Parameter(torch.zeros(classes))

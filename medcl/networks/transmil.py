@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from medcl.networks.bagged import Aggregator, Bagged, masked_softmax
 from medcl.networks.nystrom import nystrom_attention, order_of, runs_of
 
+BLOCK = 16  # cells of a side of the blocks in which a map is computed
+REACH = 3  # cells that the largest kernel sees around its middle
+
 
 class TransMIL(Aggregator):
     """Transformer over instances (Shao et al., NeurIPS 2021).
@@ -95,7 +98,8 @@ class _SelfAttention(nn.Module):
 class PositionEncoding(nn.Module):
     """Depth-wise convolutions of 7, 5 and 3 cells over the instances' map, added to them; in 2D or 3D.
 
-    In a volume they act within each plane (the last coordinate is the plane).
+    In a volume they act within each plane (the last coordinate is the plane). The map is computed in blocks, and only
+    where instances are: however far apart they lie, there are at most 484 cells an instance.
     """
 
     def __init__(self, width: int):
@@ -106,15 +110,29 @@ class PositionEncoding(nn.Module):
         """Tokens (B, K, d) at cells (B, K, 2 or 3); instances in one cell share their mean."""
         rows = []
         for tokens, inside, cells in zip(x, mask, coordinates.long(), strict=True):
-            cells = cells[inside] - cells[inside].amin(0)
-            plane = cells[:, 2] if cells.shape[1] == 3 else torch.zeros_like(cells[:, 0])
-            planes, height, width = (int(n.max()) + 1 for n in (plane, cells[:, 0], cells[:, 1]))
-            index = (plane * height + cells[:, 0]) * width + cells[:, 1]
-            total = tokens.new_zeros(planes * height * width, tokens.shape[1]).index_add_(0, index, tokens[inside])
-            count = tokens.new_zeros(len(total)).index_add_(0, index, torch.ones_like(index, dtype=tokens.dtype))
-            grid = (total / count.clamp(min=1)[:, None]).view(planes, height, width, -1).permute(0, 3, 1, 2)
-            encoded = sum(convolution(grid) for convolution in self.convolutions)
-            assert isinstance(encoded, Tensor)
-            flat = encoded.permute(0, 2, 3, 1).flatten(0, 2)
-            rows.append(tokens.index_add(0, inside.nonzero().squeeze(1), flat[index].to(tokens.dtype)))
+            encoded = self._encoded(tokens[inside], cells[inside] - cells[inside].amin(0))
+            rows.append(tokens.index_add(0, inside.nonzero().squeeze(1), encoded.to(tokens.dtype)))
         return torch.stack(rows)
+
+    def _encoded(self, tokens: Tensor, cells: Tensor) -> Tensor:
+        """What the convolutions make of tokens (K, d) at cells (K, 2 or 3) from 0, read back at each: (K, d)."""
+        plane = cells[:, 2] if cells.shape[1] == 3 else torch.zeros_like(cells[:, 0])
+        # a number for every cell, with as much room around a plane as kernels and blocks may reach beyond it
+        height, width = (int(n.max()) + 2 * BLOCK + 2 * REACH for n in (cells[:, 0], cells[:, 1]))
+
+        def number(rows: Tensor, columns: Tensor) -> Tensor:
+            return (plane * height + rows + REACH) * width + columns + REACH
+
+        places, at = number(cells[:, 0], cells[:, 1]).unique(return_inverse=True)
+        total = tokens.new_zeros(len(places), tokens.shape[1]).index_add_(0, at, tokens)
+        mean = total / at.bincount()[:, None].to(tokens.dtype)
+        row, column = cells[:, 0] % BLOCK, cells[:, 1] % BLOCK
+        corners, block = number(cells[:, 0] - row, cells[:, 1] - column).unique(return_inverse=True)
+        reach = torch.arange(-REACH, BLOCK + REACH, device=cells.device)
+        wanted = corners[:, None, None] + reach[:, None] * width + reach
+        found = torch.searchsorted(places, wanted).clamp(max=len(places) - 1)
+        empty = len(places)  # a row of zeros
+        grid = F.pad(mean, (0, 0, 0, 1))[torch.where(places[found] == wanted, found, empty)].permute(0, 3, 1, 2)
+        encoded = sum(convolution(grid) for convolution in self.convolutions)
+        assert isinstance(encoded, Tensor)
+        return encoded[block, :, row + REACH, column + REACH]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from medcl.config_mil import MILPretrainConfig
 from medcl.data.bags import Bag, read_bags
 from medcl.data.crops import StepBatches
-from medcl.data.instances import kind_of, patches_of
+from medcl.data.instances import content_of, kind_of, patches_of
+from medcl.data.signature import subject_hash
 from medcl.data.slides import Tiling
 from medcl.errors import MedclError
 from medcl.losses.contrastive import contrast
@@ -28,6 +29,7 @@ from medcl.pretext.base import REMEDIES, Pairs, PretextTask, Tensors
 from medcl.pretext.simclr import masks
 from medcl.pretext.watch import Watch
 from medcl.run import log, open_run, write_provenance
+from medcl.seen import Seen, SeenVolume, save_seen
 from medcl.training import adamw, choose_accelerator, fit, hours, resume_step, trainer_for
 from medcl.transforms.patches import random_patch_view
 from medcl.transforms.random import mix_seeds
@@ -132,7 +134,7 @@ def pretrain_patches(config: MILPretrainConfig) -> Path:
     task = PatchContrast(PatchResNet(config.encoder, config.width), config.method, config.temperature)
     run = open_run(config.out, config, "mil pretrain", config.resume)
     keep_precision(run, precision, accelerator)
-    tiles = gather_tiles(bags, config)
+    tiles, used = gather_tiles(bags, config)
     if len(tiles) < config.batch_size:
         raise MedclError(f"there are {len(tiles)} tiles", "--batch_size", "Give less, or smaller tiles.")
     log.info("%d tiles of %d pixels from %d bags; %s by %s on %s, %s.", len(tiles), config.tile, len(bags),
@@ -147,6 +149,8 @@ def pretrain_patches(config: MILPretrainConfig) -> Path:
     if summary := watch.summary():
         log.info(summary)
     facts = {"tile": config.tile, "mpp": config.mpp, "method": config.method, "groups": sorted({b.group for b in bags})}
+    marks = (SeenVolume(content_of(b), subject=subject_hash(b.group), stage="pretraining", run=run.name) for b in used)
+    save_seen(run, Seen(tuple(marks)))
     save_patch_encoder(run, task.encoder, config.width, facts)
     write_provenance(run, began, accelerator=accelerator, precision=precision, seed=config.seed, resumed_at=first)
     log.info("Encoder in %s after %s.", run / "weights", hours(time.monotonic() - began))
@@ -167,12 +171,13 @@ def check(config: MILPretrainConfig) -> None:
         raise MedclError("is no share", "--warmup or --overlap", "Give 0 or more, below 1.")
 
 
-def gather_tiles(bags: tuple[Bag, ...], config: MILPretrainConfig) -> np.ndarray:
-    """Tiles (K, 3, H, W) uint8, of every bag its share of `most_tiles`; bad bags are told and left out."""
+def gather_tiles(bags: tuple[Bag, ...], config: MILPretrainConfig) -> tuple[np.ndarray, list[Bag]]:
+    """Tiles (K, 3, H, W) uint8, of every bag its share of `most_tiles`, and these bags; bad ones are told and left out.
+    """
     tiling = Tiling(config.tile, config.mpp, config.overlap, config.tissue)
     most = max(1, config.most_tiles // len(bags))
     rng = np.random.default_rng([config.seed, 3])
-    kept = []
+    kept, used = [], []
     for bag in bags:
         try:
             if kind_of(bag) not in ("slide", "patches"):
@@ -180,8 +185,9 @@ def gather_tiles(bags: tuple[Bag, ...], config: MILPretrainConfig) -> np.ndarray
             found = patches_of(bag, tiling, config.slide_mpp)
             blocks = np.concatenate(list(found.read()))
             kept.append(blocks[np.sort(rng.permutation(len(blocks))[:most])])
+            used.append(bag)
         except MedclError as error:
             log.warning("set aside: %s", error)
     if not kept:
         raise MedclError("no bag can be used", config.bags, "Mend what is told above.")
-    return np.concatenate(kept)
+    return np.concatenate(kept), used

@@ -12,7 +12,7 @@ import numpy as np
 
 from medcl.data.bags import read_features
 from medcl.errors import MedclError
-from medcl.evaluation.bags import NAMES, Table, score, table_of_predictions
+from medcl.evaluation.bags import NAMES, Table, audit_of, notices, score, table_of_predictions
 from medcl.evaluation.pairing import flat_config
 from medcl.evaluation.statistics import Interval
 from medcl.files import read_json, write_text
@@ -47,7 +47,8 @@ def write_bag_report(run: Path) -> Path:
     )
     body = [
         html.paragraph(_headline(result), "headline"),
-        html.warnings(sections.logged_warnings(run, None)),
+        html.warnings(notices(result)),
+        html.warnings(line for line in sections.logged_warnings(run, None) if not line.startswith("leakage: ")),
         html.section("The numbers", *_numbers(result), html.paragraph(told, "small")),
         html.section("The predictions", *_figures(table, classes)),
         html.section("Every bag", html.details("From the most to the least wrong", _every_bag(table, classes))),
@@ -71,11 +72,13 @@ def write_told_report(out: Path) -> Path:
     counted = Counter(classes[c] for c in p.argmax(1))
     each = ", ".join(f"{counted[name]} {name}" for name in classes)
     body = [html.paragraph(f"{len(rows)} bags: {each}.", "headline")]
-    seen = sum(bool(row.get("seen")) for row in rows)
+    audit = audit_of(out, rows)
+    body.append(html.warnings(audit.leakage + audit.gaps))
+    seen = sum(row.get("seen") == "yes" for row in rows)
     if seen:
         body.append(html.warnings([f"{seen} of {len(rows)} bags are of groups that the classifier was fitted to."]))
     if all(row["label"] in classes for row in rows) and len({row["label"] for row in rows}) > 1:
-        result = score(rows, classes)
+        result = score(rows, classes, audit)
         body.append(html.section("Against the labels given", *_numbers(result)))
         body.append(html.section("The predictions", *_figures(table_of_predictions(rows, classes), classes)))
     shown = []
