@@ -36,7 +36,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise MedclError("nothing to compare with", "--reference", "Give a folder of labelled scans.")
     manifest = load_source(config.reference, config.channel)
     out = Path(config.out) if config.out else predictions
-    return score_folder(predictions, manifest, out, tolerance_mm=config.tolerance)
+    return score_folder(predictions, manifest, out, tolerance_mm=config.tolerance, absent=config.absent)
 
 
 def _evaluate_run(run: Path, config: EvaluateConfig) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _evaluate_run(run: Path, config: EvaluateConfig) -> dict[str, Any]:
     predict_cases(Predictor(run, str(trained["accelerator"]), str(trained["precision"])), manifest, cases, out)
     return score_folder(
         out, manifest.with_cases(cases), out, subjects=subjects, tolerance_mm=config.tolerance,
-        leakage=stamp(leakage, run),
+        absent=config.absent, leakage=stamp(leakage, run),
     )  # fmt: skip
 
 
@@ -79,4 +79,4 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         MedclError: the runs do not pair up: other draws, other test subjects, or not evaluated.
     """
     runs, baseline = [Path(run) for run in config.runs], [Path(run) for run in config.baseline]
-    return compare_runs(runs, baseline, Path(config.out), names=config.names)
+    return compare_runs(runs, baseline, Path(config.out), names=config.names, absent=config.absent)
