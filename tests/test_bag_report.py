@@ -100,7 +100,7 @@ def test_the_page_of_predictions_shows_the_tiles_that_were_attended(tmp_path):
 
 
 def test_bags_without_pictures_are_shown_as_numbers(tmp_path):
-    folder = write_set(tmp_path / "bags", 12, 4)
+    folder = write_set(tmp_path / "bags", 12, 6)
     run = fit(config(folder, tmp_path / "run", folds=2, epochs=2))
     with open(folder / "bags.csv") as stream:
         rows = [{**row, "label": ""} for row in csv.DictReader(stream)]
