@@ -152,9 +152,9 @@ def test_the_page_says_when_groups_are_too_few_and_opens_runs_of_an_earlier_vers
     run = fit(config(folder, tmp_path / "run", epochs=1, final=False))
     result = json.loads((run / "metrics.json").read_text())
     assert any(line.startswith("too few groups") for line in result["warnings"])
-    assert "too few groups for intervals" in Page(write_bag_report(run)).text
+    assert "too few groups to conclude" in Page(write_bag_report(run)).text
     del result["warnings"], result["interval"]
     result["scores"]["auroc"].update(estimate=1.0, low=1.0, high=1.0)
     (run / "metrics.json").write_text(json.dumps(result))
     text = Page(write_bag_report(run)).text
-    assert "the interval of AUROC is a point, of an earlier version" in text and "too few groups for intervals" in text
+    assert "the interval of AUROC is a point, of an earlier version" in text and "too few groups to conclude" in text

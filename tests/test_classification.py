@@ -216,11 +216,11 @@ def test_too_few_groups_are_said_and_a_whole_class_in_one_group_has_no_interval(
 
     assert told(MIN_GROUPS) == []
     assert told(MIN_GROUPS - 1) == [
-        f"too few groups for intervals to be trusted (at least {MIN_GROUPS} of every class needed): "
+        f"too few groups to conclude (at least {MIN_GROUPS} of every class needed): "
         f"{MIN_GROUPS - 1} of b"
     ]
     one = score(rows(1), ["a", "b"])
     assert one["scores"]["auroc"]["low"] is None and "no interval for AUROC" in one["warnings"][1]
     print_scores(one)
     shown = capsys.readouterr().out
-    assert "[no interval]" in shown and "too few groups for intervals" in shown
+    assert "[no interval]" in shown and "too few groups to conclude" in shown

@@ -170,5 +170,5 @@ def few_groups(labels: np.ndarray, groups: Sequence[Hashable], classes: Sequence
     if not few:
         return []
     return [
-        f"too few groups for intervals to be trusted (at least {MIN_GROUPS} of every class needed): {', '.join(few)}"
+        f"too few groups to conclude (at least {MIN_GROUPS} of every class needed): {', '.join(few)}"
     ]
