@@ -35,6 +35,7 @@ class BenchmarkConfig:
         accelerator: auto, cpu or gpu.
         store: folder for prepared volumes; by default `$MEDCL_STORE`, or `~/.cache/medcl`.
         channel: which channel of 4D files to take.
+        absent: what a structure counts that the reference and all runs lack: nothing, or one (Dice of 1).
     """
 
     source: str
@@ -55,6 +56,7 @@ class BenchmarkConfig:
     accelerator: str = "auto"
     store: str = ""
     channel: int | None = None
+    absent: str = "nothing"
 
     def __post_init__(self) -> None:
         # YAML reads 2 as a number; a number of labels is a name here, as `all` is

@@ -45,6 +45,7 @@ class EvaluateConfig:
         tolerance: tolerance of the normalised surface distance in mm.
         allow_leakage: go on where test volumes were seen in training; every result is then marked.
         channel: which channel of 4D files to take.
+        absent: what a structure counts that reference and prediction both lack: nothing, or one (Dice and NSD of 1).
     """
 
     predictions: str
@@ -54,6 +55,7 @@ class EvaluateConfig:
     tolerance: float = 1.0
     allow_leakage: bool = False
     channel: int | None = None
+    absent: str = "nothing"
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,14 @@ class CompareConfig:
         baseline: evaluated run folders of the arm to compare with, one a draw.
         out: folder for the comparison and its report.
         names: what to call the two arms.
+        absent: what a structure counts that the reference and all runs lack: nothing, or one (Dice and NSD of 1).
     """
 
     runs: list[str]
     baseline: list[str]
     out: str = "comparison"
     names: tuple[str, str] = ("pretrained", "scratch")
+    absent: str = "nothing"
 
 
 @dataclass(frozen=True)

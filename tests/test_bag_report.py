@@ -145,3 +145,16 @@ def test_a_volume_s_map_peaks_at_the_most_attended_of_overlapping_cells_on_the_s
     for x, value in ((0, 0.2), (4, 0.3), (2, 0.5)):  # the greatest last
         wanted[12 - x : 16 - x, :4, :4] = 3 * value
     assert np.allclose(found.array, wanted, atol=1e-5)
+
+
+def test_the_page_says_when_groups_are_too_few_and_opens_runs_of_an_earlier_version(tmp_path):
+    folder = write_set(tmp_path / "bags", 12, 4)
+    run = fit(config(folder, tmp_path / "run", epochs=1, final=False))
+    result = json.loads((run / "metrics.json").read_text())
+    assert any(line.startswith("too few groups") for line in result["warnings"])
+    assert "too few groups to conclude" in Page(write_bag_report(run)).text
+    del result["warnings"], result["interval"]
+    result["scores"]["auroc"].update(estimate=1.0, low=1.0, high=1.0)
+    (run / "metrics.json").write_text(json.dumps(result))
+    text = Page(write_bag_report(run)).text
+    assert "the interval of AUROC is a point, of an earlier version" in text and "too few groups to conclude" in text

@@ -139,23 +139,34 @@ def entry_of(result, arm, labels):
     return next(e for e in result["entries"] if (e["arm"], e["labels"]) == (arm, labels))
 
 
-def test_a_class_counts_only_where_both_arms_have_a_value(scored):
-    """Where the reference lacks a class, predicting none of it has no value; inventing some of it has 0."""
+def test_what_one_arm_invents_counts_in_both(scored):
+    """Where the reference lacks a class, predicting none of it counts 1 as soon as another run invents it."""
     config, grid = scored
 
-    def blank(row):
-        return {**row, "dice": ""} if row["class"] == "2" and row["subject"] == "a" else row
+    def absent(row):
+        lacks = row["class"] == "2" and row["subject"] == "a"
+        return {**row, "outcome": "absent", **dict.fromkeys(("dice", "nsd", "hd95"), "")} if lacks else row
 
-    def nought(row):
-        return {**row, "dice": "0"} if row["class"] == "2" and row["subject"] == "a" else row
+    def invented(row):
+        lacks = row["class"] == "2" and row["subject"] == "a"
+        return {**row, "outcome": "invented", "dice": "0", "nsd": "0", "hd95": ""} if lacks else row
 
-    for run in grid.runs("scratch", "1"):
-        edit(run, blank)
-    before = entry_of(summarise(config, grid), "voco", "1")["difference"]["estimate"]
+    for arm in ("scratch", "voco", "slow"):
+        for labels in ("1", "all"):
+            for run in grid.runs(arm, labels):
+                edit(run, absent)
+    before = summarise(config, grid)
     for run in grid.runs("voco", "1"):
-        edit(run, nought)
-    after = entry_of(summarise(config, grid), "voco", "1")["difference"]["estimate"]
-    assert before == pytest.approx(after)
+        edit(run, invented)
+    after = summarise(config, grid)
+    gaps = [entry_of(result, "voco", "1")["difference"]["estimate"] for result in (before, after)]
+    front = [
+        [np.mean([float(row["dice"]) for row in csv.DictReader((run / "test" / "evaluation.csv").open())
+                  if row["subject"] == "a" and row["class"] == "1"]) for run in grid.runs(arm, "1")]
+        for arm in ("voco", "scratch")
+    ]  # fmt: skip
+    of_a = np.mean(front[0]) - np.mean(front[1])
+    assert gaps[1] - gaps[0] == pytest.approx(((of_a - 1) / 2 - of_a) / 8)
 
 
 @pytest.mark.parametrize("arm", ["scratch", "voco"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from medcl.config_mil import MILEvaluateConfig
 from medcl.data.bags import read_bags
 from medcl.downstream.mil_audit import BagAudit
 from medcl.errors import MedclError
-from medcl.evaluation.classification import classification_scores, group_bootstrap
+from medcl.evaluation.auroc import TINY
+from medcl.evaluation.classification import METHOD, classification_scores, few_groups, group_bootstrap
 from medcl.evaluation.statistics import Interval
 from medcl.files import write_json
 from medcl.run import log
@@ -65,7 +67,8 @@ def table_of_predictions(rows: Sequence[dict[str, Any]], classes: Sequence[str])
 def score(rows: Sequence[dict[str, Any]], classes: Sequence[str], audit: BagAudit) -> dict[str, Any]:
     """Scores with intervals over groups, from rows of `predictions.csv`, marked with what an audit has found.
 
-    With several repeats a score is the mean over them; a bootstrap draw takes a group's bags in all repeats.
+    With several repeats a score is the mean over them; a bootstrap draw takes a group's bags in all repeats. `warnings`
+    says what keeps an interval from being trusted, `interval` how intervals are made.
 
     Args:
         rows: a row a bag and repeat.
@@ -93,6 +96,8 @@ def score(rows: Sequence[dict[str, Any]], classes: Sequence[str], audit: BagAudi
         "scores": {key: interval.to_dict() for key, interval in intervals.items()},
         "leakage": list(audit.leakage),
         "gaps": list(audit.gaps),
+        "interval": METHOD,
+        "warnings": doubts(table, classes, {key: interval.to_dict() for key, interval in intervals.items()}),
     }
 
 
@@ -111,6 +116,24 @@ def audit_of(folder: Path, rows: Sequence[dict[str, Any]]) -> BagAudit:
     bags = {row["bag_id"] for row in rows}
     line = f"leakage: {len(set(seen))} of {len(bags)} held-out bags, such as {seen[0]}, were seen in training"
     return audit + BagAudit((line,))
+
+
+def doubts(table: Table, classes: Sequence[str], scores: Mapping[str, Any]) -> list[str]:
+    """What keeps the intervals of `scores` (of whatever version) from being trusted, a sentence each."""
+    lines = few_groups(table.labels, table.groups, classes)
+    known = {key: Interval.from_dict(data) for key, data in scores.items()}
+    without = [NAMES[key] for key, each in known.items() if math.isfinite(each.estimate) and not each.has_ends]
+    if without:
+        lines.append(f"no interval for {', '.join(without)}: groups do not differ, or one of them holds a whole class")
+    points = [NAMES[key] for key, each in known.items() if each.has_ends and each.high - each.low < TINY]
+    if points:
+        lines.append(f"the interval of {', '.join(points)} is a point, of an earlier version: run `medcl mil evaluate`")
+    return lines
+
+
+def ends(interval: Interval, between: str = ", ") -> str:
+    """`[0.812, 0.934]`, or that there is no interval."""
+    return f"[{interval.low:.3f}{between}{interval.high:.3f}]" if interval.has_ends else "[no interval]"
 
 
 def evaluate_bags(config: MILEvaluateConfig) -> dict[str, Any]:
@@ -153,6 +176,7 @@ NAMES = {
 
 def print_scores(result: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     about = f"{result['bags']} bags of {result['groups']} groups"
@@ -163,8 +187,10 @@ def print_scores(result: dict[str, Any]) -> None:
     table.add_column(" / ".join(result["classes"]), justify="right")
     for key, data in result["scores"].items():
         interval = Interval.from_dict(data)
-        table.add_row(NAMES.get(key, key), f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]")
+        table.add_row(NAMES.get(key, key), escape(f"{interval.estimate:.3f} {ends(interval)}"))
     console = Console()
     console.print(table)
     for line in notices(result):
         console.print(f"{line[:1].upper()}{line[1:]}.", style="yellow", markup=False, soft_wrap=True)
+    for line in result.get("warnings", ()):
+        console.print(f"Warning: {line}", style="yellow", markup=False, soft_wrap=True)

@@ -1,17 +1,28 @@
-"""Scores of class probabilities, with intervals over groups: whole patients are resampled, never bags."""
+"""Scores of class probabilities, with intervals over groups: whole patients are what varies, never bags."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from scipy import stats
 
+from medcl.evaluation.auroc import TINY, auroc_interval, binomial_ends, logit_ends, newcombe_ends
 from medcl.evaluation.statistics import Interval
 
 BINS = 10  # of the calibration error
 SAMPLES = 2000
+SHARES = ("auprc", "accuracy", "balanced_accuracy", "f1")
+MIN_GROUPS = 6  # of a class, for an interval; see docs/results/auroc_intervals.md
+METHOD = (
+    "AUROC by logit-transformed DeLong by group; AUPRC, accuracy, balanced accuracy and F1 on the logit scale too, "
+    "with the standard error of a bootstrap over groups (Student's t, one degree of freedom less than groups of the "
+    "rarest class); Brier score and calibration error by percentiles of it (n-1 of n drawn, Student-t tails)"
+)
+
+Scores = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
 
 def classification_scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -78,20 +89,24 @@ def group_bootstrap(
     labels: np.ndarray,
     groups: Sequence[Hashable],
     *,
-    scores: Callable[[np.ndarray, np.ndarray], dict[str, float]] = classification_scores,
+    scores: Scores = classification_scores,
     samples: int = SAMPLES,
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Interval]:
-    """Every score with an interval over resampled groups, as `statistics.METHOD` has it for subjects.
+    """Every score with an interval over groups.
 
-    A draw takes n - 1 of n groups with replacement, and the percentiles are taken at Student's t tails with n - 1
-    degrees of freedom: plain percentiles of n groups are too narrow where groups are few. Both corrections are those of
-    a mean, so for a score that is none (AUROC, F1) they hold approximately. Draws in which a score does not exist (a
-    class is missing) are left out of its interval.
+    - `auroc` as `classification_scores` has it: see `auroc.auroc_interval`; nothing is resampled for it.
+    - Shares (`SHARES`): on the logit scale as well, with the standard error of a bootstrap over groups. Where every
+      group gives the same that is zero, and the ends are those of one bag a group; AUPRC and F1 have none then.
+    - Any other: percentiles of the bootstrap at Student's t tails with n - 1 degrees of freedom, as `statistics.METHOD`
+      has it for subjects; plain percentiles of n groups are too narrow where groups are few. Both corrections are those
+      of a mean. An interval without width is left out.
+
+    A draw takes n - 1 of n groups with replacement. Draws in which a score does not exist are left out.
 
     Args:
-        probabilities: (N, C).
+        probabilities: (N, C), or (N, repeats, C) where `scores` takes that.
         labels: (N,).
         groups: (N,), the patient or slide of every bag.
         scores: what to compute.
@@ -99,20 +114,61 @@ def group_bootstrap(
         seed: of the draws.
         level: of the interval.
     """
-    estimate = scores(probabilities, labels)
+    drawn = resampled(probabilities, labels, groups, scores, samples, seed)
+    n, held = len(set(groups)), list(held_by(labels, groups).values())
+    intervals = {}
+    for key, value in scores(probabilities, labels).items():
+        if key == "auroc":
+            intervals[key] = auroc_interval(probabilities, labels, groups, level)
+            continue
+        if key in SHARES:
+            fewest = n if key == "accuracy" else min(held)
+            error = float(np.std(drawn[key])) if drawn[key] else math.nan
+            ends = logit_ends(value, error, fewest - 1, level)
+            if error < TINY and key == "accuracy":
+                ends = binomial_ends(value, n, level)
+            elif error < TINY and key == "balanced_accuracy":  # of two classes the AUROC of the predicted class
+                ends = newcombe_ends(value, fewest, max(1, n - fewest), level=level)
+        else:
+            ends = percentile_ends(drawn[key], n, level)
+        intervals[key] = Interval(value, *ends, n, level=level)
+    return intervals
+
+
+def resampled(
+    probabilities: np.ndarray, labels: np.ndarray, groups: Sequence[Hashable], scores: Scores, samples: int, seed: int
+) -> dict[str, list[float]]:
+    """Scores of sets of n - 1 of n groups, drawn with replacement; those that exist."""
     names = list(dict.fromkeys(groups))
     members = [np.flatnonzero([g == name for g in groups]) for name in names]
     rng = np.random.default_rng(seed)
-    drawn: dict[str, list[float]] = {key: [] for key in estimate}
-    if len(names) > 1:
-        for _ in range(samples):
-            index = np.concatenate([members[i] for i in rng.integers(0, len(names), len(names) - 1)])
-            for key, value in scores(probabilities[index], labels[index]).items():
-                drawn[key].append(value)
-    tail = float(stats.norm.cdf(stats.t.ppf((1 - level) / 2, max(1, len(names) - 1))))
-    intervals = {}
-    for key, value in estimate.items():
-        finite = [v for v in drawn[key] if math.isfinite(v)]
-        low, high = np.quantile(finite, [tail, 1 - tail]) if finite else (math.nan, math.nan)
-        intervals[key] = Interval(value, float(low), float(high), len(names), level=level)
-    return intervals
+    drawn: dict[str, list[float]] = defaultdict(list)
+    for _ in range(samples if len(names) > 1 else 0):
+        index = np.concatenate([members[i] for i in rng.integers(0, len(names), len(names) - 1)])
+        for key, value in scores(probabilities[index], labels[index]).items():
+            drawn[key] += [value] if math.isfinite(value) else []
+    return drawn
+
+
+def percentile_ends(drawn: Sequence[float], n: int, level: float = 0.95) -> tuple[float, float]:
+    """Percentiles of a bootstrap at Student's t tails with n - 1 degrees of freedom; NaN where all are one number."""
+    if not len(drawn) or np.ptp(drawn) < TINY:
+        return math.nan, math.nan
+    tail = float(stats.norm.cdf(stats.t.ppf((1 - level) / 2, max(1, n - 1))))
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def held_by(labels: np.ndarray, groups: Sequence[Hashable]) -> dict[int, int]:
+    """How many groups hold bags of each class."""
+    return {c: len({group for group, label in zip(groups, labels, strict=True) if label == c}) for c in set(labels)}
+
+
+def few_groups(labels: np.ndarray, groups: Sequence[Hashable], classes: Sequence[str]) -> list[str]:
+    """A sentence where a class lies in too few groups for an interval to be trusted."""
+    few = [f"{count} of {classes[c]}" for c, count in sorted(held_by(labels, groups).items()) if count < MIN_GROUPS]
+    if not few:
+        return []
+    return [
+        f"too few groups to conclude (at least {MIN_GROUPS} of every class needed): {', '.join(few)}"
+    ]

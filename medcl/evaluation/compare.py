@@ -6,13 +6,24 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from medcl.evaluation import statistics
+from medcl.evaluation.absence import (
+    COUNTS,
+    INSTEAD,
+    absences,
+    check_absent,
+    how_absent,
+    other_rule,
+    row_key,
+    settled,
+)  # fmt: skip
 from medcl.evaluation.evaluate import Row
 from medcl.evaluation.metrics import MEASURES
-from medcl.evaluation.pairing import Arm, load_arm, pair_runs, paired_means, row_key
+from medcl.evaluation.pairing import Arm, load_arm, pair_runs, paired_means
 from medcl.evaluation.statistics import Interval, PairedDifference, bootstrap_mean, holm, paired_difference
 from medcl.files import write_json, write_text
 
@@ -42,6 +53,7 @@ def compare(
     out: Path,
     names: tuple[str, str] = ("pretrained", "scratch"),
     *,
+    absent: str = "nothing",
     seed: int = 0,
     samples: int = 10_000,
 ) -> dict[str, Any]:
@@ -52,6 +64,7 @@ def compare(
         baseline: run folders of the other arm, one per draw.
         out: folder for `compare.json` and `compare.csv` (a row per draw, case and class).
         names: what the arms are called.
+        absent: what a structure counts that the reference and all runs lack, see `absence`.
         seed: of the resampling.
         samples: bootstrap samples.
 
@@ -61,9 +74,11 @@ def compare(
     Raises:
         MedclError: a run is incomplete, or the two arms are not a paired comparison.
     """
-    pairs = pair_runs([load_arm(run) for run in runs], [load_arm(run) for run in baseline])
+    check_absent(absent)
+    raw = pair_runs([load_arm(run) for run in runs], [load_arm(run) for run in baseline])
+    pairs = _settled(raw, absent)
     joined = [row for first, second in pairs for row in _join(first, second)]
-    overall = [{"draw": a.draw, **row} for a, b in pairs for row in paired_means(a.rows, b.rows)]
+    overall = _overall(pairs)
     classes = {row["class"]: row["name"] for row in joined}
     first_arm = pairs[0][0]
     metrics, primary = {}, _paired(overall, PRIMARY, seed, samples)
@@ -87,12 +102,14 @@ def compare(
         "verdict": primary.verdict(MEASURES[PRIMARY].higher_is_better),
         "leakage": _leakage(pairs, names),
         "unchecked": _unchecked(pairs, names),
-        "warnings": [*_leakage(pairs, names), *_warnings(pairs)],
+        "warnings": [*_leakage(pairs, names), *_warnings(pairs), *_without_distance(joined, names)],
+        "absent": absent,
+        "sensitivity": _sensitivity(raw, names, absent, seed, samples),
         "metrics": metrics,
         "subjects": _per_subject(overall),
         "cases": _per_case(overall),
         "schedule": {key: value for key, value in first_arm.config.items() if key not in _MAY_DIFFER},
-        "how": _how(names, first_arm.labels, len(pairs)),
+        "how": _how(names, first_arm.labels, len(pairs), absent),
     }
     write_text(Path(out) / "compare.csv", _to_csv(joined))
     write_json(Path(out) / "compare.json", result)
@@ -121,6 +138,8 @@ def print_comparison(result: Mapping[str, Any]) -> None:
     console.print(table)
     for warning in [*result["unchecked"], *result["warnings"]]:
         console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    for line in result["sensitivity"]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(result["sentence"], style="bold", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -137,10 +156,54 @@ def comparison_cells(entry: Mapping[str, Any], metric: str) -> list[str]:
     ]
 
 
+def _settled(pairs: Sequence[tuple[Arm, Arm]], absent: str) -> list[tuple[Arm, Arm]]:
+    """The pairs over the same structures in all arms and draws."""
+    rows = iter(settled([arm.rows for pair in pairs for arm in pair], absent))
+    return [(replace(first, rows=next(rows)), replace(second, rows=next(rows))) for first, second in pairs]
+
+
+def _overall(pairs: Sequence[tuple[Arm, Arm]]) -> list[Row]:
+    """Means over classes, a row per draw and case."""
+    return [{"draw": a.draw, **row} for a, b in pairs for row in paired_means(a.rows, b.rows)]
+
+
+def _sensitivity(
+    raw: Sequence[tuple[Arm, Arm]], names: tuple[str, str], absent: str, seed: int, samples: int
+) -> list[str]:
+    """What the other rule for absent structures would give; nothing where no structure is absent."""
+    if not absences([arm.rows for pair in raw for arm in pair]):
+        return []
+    invented = [sum(row["outcome"] == "invented" for pair in raw for row in pair[i].rows) for i in (0, 1)]
+    told = ", ".join(f"{statistics.counted(n, 'time')} by {name}" for n, name in zip(invented, names, strict=True))
+    rule = other_rule(absent)
+    other = _paired(_overall(_settled(raw, rule)), PRIMARY, seed, samples)
+    if not other.interval.n_subjects:
+        return []
+    return [
+        f"A structure that the reference lacks is invented {told}; where no run invents it, it {COUNTS[absent]}. "
+        f"{INSTEAD[rule].capitalize()} there, the difference would be "
+        f"{statistics.format_difference(other.interval, MEASURES[PRIMARY])}, {statistics.format_p(other.p)}, "
+        f"{statistics.counted(other.interval.n_subjects, 'subject')}."
+    ]
+
+
+def _without_distance(joined: Sequence[Row], names: tuple[str, str]) -> list[str]:
+    """How many pairs HD95 leaves out because one arm alone has no distance there: it misses the structure."""
+    lacks = [(math.isnan(row["hd95"]), math.isnan(row["hd95_baseline"])) for row in joined]
+    alone = [sum(mine and not other for mine, other in lacks), sum(other and not mine for mine, other in lacks)]
+    if not sum(alone):
+        return []
+    told = ", ".join(f"{n} missed by {name} alone" for n, name in zip(alone, names, strict=True))
+    return [
+        f"HD95 leaves out {statistics.counted(sum(alone), 'pair')} of {len(lacks)} (draw, case and class), {told}: "
+        "read it together with Dice, where these count 0"
+    ]
+
+
 def _join(first: Arm, second: Arm) -> list[Row]:
     other = {row_key(row): row for row in second.rows}
     return [
-        {"draw": first.draw, **row, **{f"{metric}_baseline": other[row_key(row)][metric] for metric in MEASURES}}
+        {"draw": first.draw, **row, **{f"{key}_baseline": other[row_key(row)][key] for key in ("outcome", *MEASURES)}}
         for row in first.rows
     ]
 
@@ -224,10 +287,11 @@ def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> set[str]:
     return {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
 
 
-def _how(names: tuple[str, str], labels: Any, draws: int) -> list[str]:
+def _how(names: tuple[str, str], labels: Any, draws: int, absent: str) -> list[str]:
     return [
         f"Both arms were fine-tuned on the same draws of {labels} labelled subjects and tested on the same subjects.",
         "The difference is the mean over test subjects, each with the mean over its cases and over draws.",
+        how_absent(absent),
         f"Interval: 95 %, {statistics.METHOD_OVER_DRAWS if draws > 1 else statistics.METHOD}.",
         "p: two-sided sign-flip permutation test over subjects, for these draws; per class corrected by Holm's rule "
         "over the classes of a metric.",
@@ -240,7 +304,7 @@ def _how(names: tuple[str, str], labels: Any, draws: int) -> list[str]:
 def _to_csv(rows: Sequence[Row]) -> str:
     stream = io.StringIO()
     scores = [f"{metric}{arm}" for metric in MEASURES for arm in ("", "_baseline")]
-    columns = ["draw", "case", "subject", "class", "name", *scores]
+    columns = ["draw", "case", "subject", "class", "name", "outcome", "outcome_baseline", *scores]
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:

@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from medcl.config import BenchmarkConfig
+from medcl.evaluation.absence import (
+    COUNTS,
+    INSTEAD,
+    absences,
+    how_absent,
+    other_rule,
+    settled,
+)  # fmt: skip
 from medcl.evaluation.evaluate import Row, mean_over_classes, read_scores
 from medcl.evaluation.grid import Cell, Grid
 from medcl.evaluation.metrics import MEASURES
@@ -33,6 +41,7 @@ from medcl.files import read_json, write_json, write_text
 from medcl.leakage import told
 
 VERSION = 1
+Scores = dict[tuple[str, str], list[list[Row]]]  # rows of every draw, by arm and number of labels
 METRIC = "dice"
 DICE = MEASURES[METRIC]
 WIDTH = 120
@@ -50,13 +59,12 @@ def summarise(config: BenchmarkConfig, grid: Grid) -> dict[str, Any]:
         for labels in numbers
         if grid.runs(arm, labels)
     }
+    same = _settled(scores, config.absent)
     rows = {
         key: [{**row, "draw": draw} for draw, scored in enumerate(runs) for row in mean_over_classes(scored)]
-        for key, runs in scores.items()
+        for key, runs in same.items()
     }
-    others = [key for key in rows if key[0] != config.baseline]
-    paired = {key: _paired(scores[key], scores[config.baseline, key[1]]) for key in others}
-    corrected = dict(zip(others, holm([paired[key].p for key in others]), strict=True))
+    paired, corrected = _differences(same, config.baseline)
     ceiling = _mean(rows[config.baseline, "all"]).estimate if "all" in config.labels else math.nan
     ceiling = ceiling if ceiling > 0 else math.nan
     stamps, unchecked = _stamps(config, grid)
@@ -84,8 +92,39 @@ def summarise(config: BenchmarkConfig, grid: Grid) -> dict[str, Any]:
         "sentences": [entry["sentence"] for entry in entries if "sentence" in entry],
         "unchecked": unchecked,
         "warnings": [*stamps, *_gaps(scores, config.baseline)],
+        "absent": config.absent,
+        "sensitivity": _sensitivity(scores, config),
         "how": how(config),
     }
+
+
+def _settled(scores: Scores, absent: str) -> Scores:
+    """All runs over the same structures, so that arms and numbers of labels can be read against each other."""
+    rows = iter(settled([rows for runs in scores.values() for rows in runs], absent))
+    return {key: [next(rows) for _ in runs] for key, runs in scores.items()}
+
+
+def _differences(
+    scores: Scores, baseline: str
+) -> tuple[dict[tuple[str, str], PairedDifference], dict[tuple[str, str], float]]:
+    """Every arm minus the baseline at every number of labels, and p by Holm's rule over all of them."""
+    others = [key for key in scores if key[0] != baseline]
+    paired = {key: _paired(scores[key], scores[baseline, key[1]]) for key in others}
+    return paired, dict(zip(others, holm([paired[key].p for key in others]), strict=True))
+
+
+def _sensitivity(scores: Scores, config: BenchmarkConfig) -> list[str]:
+    """What the other rule for absent structures would give, a line a difference; nothing where none is absent."""
+    n = absences([rows for runs in scores.values() for rows in runs])
+    if not n:
+        return []
+    rule = other_rule(config.absent)
+    paired, p = _differences(_settled(scores, rule), config.baseline)
+    return [
+        f"A class of a case is absent from reference and prediction {counted(n, 'time')}, over all runs; where no run "
+        f"invents it, it {COUNTS[config.absent]}. {INSTEAD[rule].capitalize()} there:",
+        *(sentence(arm, labels, paired[arm, labels], p[arm, labels], config.baseline) for arm, labels in paired),
+    ]
 
 
 def _stamps(config: BenchmarkConfig, grid: Grid) -> tuple[list[str], list[str]]:
@@ -144,6 +183,7 @@ def how(config: BenchmarkConfig) -> list[str]:
         "p: two-sided sign-flip permutation test over subjects, each with its mean over draws, corrected by Holm's "
         "rule over all arms and numbers of labels. It speaks of these draws, the interval of other draws too.",
         "One pretraining an arm: how much another seed of it would change is in no interval.",
+        how_absent(config.absent),
         "d_z: mean over standard deviation of the subjects' differences.",
         "An arm is called ahead or behind only where the interval leaves out zero, p < 0.05, and there are at least "
         f"{MIN_SUBJECTS} subjects and {MIN_DRAWS} draws.",
@@ -182,7 +222,7 @@ def print_benchmark(result: Mapping[str, Any]) -> None:
     console.print(drawn)
     for warning in [*result["unchecked"], *result["warnings"]]:
         console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
-    for line in result["sentences"]:
+    for line in [*result.get("sensitivity", ()), *result["sentences"]]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -194,7 +234,7 @@ def rows_by_key(config: BenchmarkConfig, grid: Grid) -> list[tuple[Cell, list[Ro
 def write_summary(out: Path, result: Mapping[str, Any], cells: Iterable[tuple[Cell, Sequence[Row]]]) -> None:
     """Writes benchmark.json, and results.csv with a row per subject, case, class, arm, number of labels and draw."""
     stream = io.StringIO()
-    columns = ["arm", "labels", "draw", "subject", "case", "class", "name", *MEASURES]
+    columns = ["arm", "labels", "draw", "subject", "case", "class", "name", "outcome", *MEASURES]
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(columns)
     for cell, rows in cells:

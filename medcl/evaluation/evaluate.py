@@ -18,6 +18,7 @@ from medcl.data.checks import check_grid, check_label_values
 from medcl.data.io import Volume, read_volume, to_canonical, volume_suffix
 from medcl.errors import MedclError
 from medcl.evaluation import statistics
+from medcl.evaluation.absence import COUNTS, INSTEAD, absences, check_absent, how_absent, other_rule, settled
 from medcl.evaluation.metrics import MEASURES, OUTCOMES, segmentation_scores
 from medcl.evaluation.statistics import Interval, bootstrap_mean, counted
 from medcl.files import read_json, write_json, write_text
@@ -39,6 +40,7 @@ def score_folder(
     *,
     subjects: Collection[str] | None = None,
     tolerance_mm: float = 1.0,
+    absent: str = "nothing",
     audit: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Scores every labelled case that has a prediction, and writes `evaluation.csv` and `evaluation.json`.
@@ -52,6 +54,7 @@ def score_folder(
         out: folder for the two files.
         subjects: only these; None for all.
         tolerance_mm: surface distance that NSD forgives, in mm.
+        absent: what a class counts that a reference and its prediction both lack, see `absence`.
         audit: the check that these predictions have gone through (`medcl.evaluation.checked`); without one, the result
             says that nothing is known of what made them.
 
@@ -64,6 +67,7 @@ def score_folder(
     """
     if not (math.isfinite(tolerance_mm) and tolerance_mm >= 0):
         raise MedclError(f"{tolerance_mm} mm makes no sense", "--tolerance", "Give a length of 0 mm or more.")
+    check_absent(absent)
     cases = [case for case in manifest.labelled if subjects is None or case.subject in subjects]
     if not cases:
         chosen = "no subject chosen has a label map" if subjects is not None else "no case has a label map"
@@ -106,12 +110,13 @@ def score_folder(
         "tolerance_mm": tolerance_mm,
         "leakage": audit["leakage"],
         "audit": dict(audit),
-        **summarise(rows, classes),
+        **summarise(settled([rows], absent)[0], classes),
+        "absent": _absent(rows, classes, absent),
         "missing_predictions": [case.id for case in cases if case.id not in found],
         "unscored_predictions": unscored,
         "predictions_without_reference": sorted(set(found) - wanted),
         "classes_only_predicted": {str(value): count for value, count in sorted(unexpected.items())},
-        "conventions": conventions(tolerance_mm),
+        "conventions": conventions(tolerance_mm, absent),
     }
     write_text(Path(out) / "evaluation.csv", _to_csv(rows))
     write_json(Path(out) / "evaluation.json", result)
@@ -177,7 +182,7 @@ def read_scores(path: Path) -> list[Row]:
         raise MedclError(f"is not a table of scores ({error})", path, "Write it anew with `medcl evaluate`.") from None
 
 
-def conventions(tolerance_mm: float) -> list[str]:
+def conventions(tolerance_mm: float, absent: str = "nothing") -> list[str]:
     """What a reader must know to compare these numbers with others."""
     return [
         "Overall: mean over foreground classes of a case, then over the cases of a subject, then over subjects.",
@@ -185,8 +190,8 @@ def conventions(tolerance_mm: float) -> list[str]:
         "Surfaces are the voxels with a face neighbour outside the mask; distances run between voxel centres in mm.",
         "HD95 is the larger of the two directed 95th percentiles.",
         f"NSD is the share of surface voxels of both masks within {tolerance_mm:g} mm of the other surface.",
-        "A class missed or invented scores Dice 0 and NSD 0 and has no HD95; a class absent from reference and "
-        "prediction has no score. What has no score is left out of means and counted.",
+        "A class missed scores Dice 0 and NSD 0 and has no HD95. What has no score is left out of means and counted.",
+        how_absent(absent, compared=False),
     ]
 
 
@@ -230,12 +235,31 @@ def notices(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"class {value} is predicted in {counted(count, 'case')} but no reference holds it: it is not scored"
         )
+    lines += _told_absent(result.get("absent", {}))
     for entry in result["classes"]:
         for outcome in ("missed", "invented"):
             if count := entry["outcomes"][outcome]:
                 scored = "Dice and NSD are 0 there, HD95 is left out"
                 lines.append(f"{entry['name']} is {outcome} in {counted(count, 'case')}: {scored}")
     return lines
+
+
+def _absent(rows: Sequence[Row], classes: Mapping[int, str], absent: str) -> dict[str, Any]:
+    """The rule for absent classes, how often it applies, and the overall means by the other rule."""
+    told: dict[str, Any] = {"counts": absent, "n": absences([rows])}
+    if told["n"]:
+        told["otherwise"] = summarise(settled([rows], other_rule(absent))[0], {})["mean"]
+    return told
+
+
+def _told_absent(absent: Mapping[str, Any]) -> list[str]:
+    if not absent.get("n"):
+        return []
+    dice = statistics.format_interval(Interval.from_dict(absent["otherwise"]["dice"]), MEASURES["dice"])
+    return [
+        f"absent from reference and prediction: {counted(absent['n'], 'time')} a class of a case, which "
+        f"{COUNTS[absent['counts']]} there; {INSTEAD[other_rule(absent['counts'])]}, the mean Dice would be {dice} %"
+    ]
 
 
 def _score_case(

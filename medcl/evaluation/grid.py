@@ -9,6 +9,7 @@ from typing import Any
 
 from medcl.config import BenchmarkConfig, FinetuneConfig, PretrainConfig, from_mapping, nearest
 from medcl.errors import MedclError
+from medcl.evaluation.absence import check_absent
 
 # What an arm may do in fine-tuning by itself. Everything else is the same for all arms, or it would be no comparison.
 OWN = ("pretrained_lr", "frozen", "layer_decay", "semi", "semi_options", "mix", "core_tuning")
@@ -102,6 +103,7 @@ def _check(config: BenchmarkConfig) -> None:
             raise MedclError(f"{labels!r} is no number of labelled subjects", "labels", "Give 1 or more, or all.")
     if len(set(config.labels)) < len(config.labels):
         raise MedclError("the same number stands there twice", "labels", "Name each once; `draws` repeats them.")
+    check_absent(config.absent)
     if config.subjects not in ("test", "val"):
         raise MedclError(f"unknown subjects {config.subjects!r}", "subjects", "Use test, or val to choose recipes by.")
     if config.parallel < 0:

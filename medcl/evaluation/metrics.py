@@ -19,7 +19,8 @@ invented   none       some        0     0     NaN
 absent     none       none        NaN   NaN   NaN
 =========  =========  ==========  ====  ====  ====
 
-A NaN is left out of means and counted beside them. A missed structure has no distance: a penalty such as the image
+A NaN is left out of means and counted beside them; what an absent structure counts where runs are compared is said in
+`absence`. A missed structure has no distance: a penalty such as the image
 diagonal would make the mean depend on the field of view. Dice and NSD carry the penalty, and HD95 must be read
 together with the number missed.
 """

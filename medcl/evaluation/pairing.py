@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medcl.errors import MedclError
+from medcl.evaluation.absence import row_key, settled
 from medcl.evaluation.evaluate import Row, mean_over_classes, read_scores
 from medcl.evaluation.metrics import MEASURES
 from medcl.files import read_json
@@ -132,10 +133,10 @@ def _not_paired(first: Arm, other: Arm, what: str) -> MedclError:
 def paired_means(first: Sequence[Row], second: Sequence[Row]) -> list[Row]:
     """Means over classes of the cases that both have: every metric, and the other's as `<metric>_baseline`.
 
-    A class counts only where both have a value: means over unlike classes are not comparable. (Of a class that the
-    reference lacks, an arm that predicts nothing has no value, and one that invents a voxel has 0.)
+    Means over unlike classes are not comparable. So a class that the reference lacks counts for both as soon as one
+    invents it (`absence.settled`), and HD95 counts where both have a distance.
     """
-    ours, theirs = ({row_key(row): row for row in rows} for rows in (first, second))
+    ours, theirs = ({row_key(row): row for row in rows} for rows in settled([first, second]))
     shared = [key for key in ours if key in theirs]
     other = {row["case"]: row for row in mean_over_classes(_blanked(theirs[key], ours[key]) for key in shared)}
     return [
@@ -146,10 +147,6 @@ def paired_means(first: Sequence[Row], second: Sequence[Row]) -> list[Row]:
 
 def _blanked(row: Row, partner: Row) -> Row:
     return {**row, **{metric: math.nan for metric in MEASURES if math.isnan(partner[metric])}}
-
-
-def row_key(row: Row) -> tuple[str, str, int]:
-    return row["case"], row["subject"], row["class"]
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -36,7 +36,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     manifest = load_source(config.reference, config.channel)
     out = Path(config.out) if config.out else predictions
     audit = check_folder(predictions, manifest, config.allow_leakage)
-    return score_folder(predictions, manifest, out, tolerance_mm=config.tolerance, audit=audit)
+    return score_folder(
+        predictions, manifest, out, tolerance_mm=config.tolerance, absent=config.absent, audit=audit
+    )  # fmt: skip
 
 
 def _evaluate_run(run: Path, config: EvaluateConfig) -> dict[str, Any]:
@@ -63,8 +65,10 @@ def _evaluate_run(run: Path, config: EvaluateConfig) -> dict[str, Any]:
     out = Path(config.out) if config.out else run / config.subjects
     log.info("%s: %d %s volumes of %d subjects.", run, len(cases), config.subjects, len(subjects))
     predict_cases(Predictor(run, str(trained["accelerator"]), str(trained["precision"])), manifest, cases, out)
-    scored = manifest.with_cases(cases)
-    return score_folder(out, scored, out, subjects=subjects, tolerance_mm=config.tolerance, audit=audit)
+    return score_folder(
+        out, manifest.with_cases(cases), out, subjects=subjects, tolerance_mm=config.tolerance,
+        absent=config.absent, audit=audit,
+    )  # fmt: skip
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -74,4 +78,4 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         MedclError: the runs do not pair up: other draws, other test subjects, or not evaluated.
     """
     runs, baseline = [Path(run) for run in config.runs], [Path(run) for run in config.baseline]
-    return compare_runs(runs, baseline, Path(config.out), names=config.names)
+    return compare_runs(runs, baseline, Path(config.out), names=config.names, absent=config.absent)

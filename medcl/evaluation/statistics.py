@@ -58,6 +58,10 @@ class Interval:
     n_excluded: int = 0
     level: float = 0.95
 
+    @property
+    def has_ends(self) -> bool:
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
     def within(self, least: float, most: float) -> Interval:
         """The same with its ends cut to what the measure can be."""
         return replace(self, low=float(np.clip(self.low, least, most)), high=float(np.clip(self.high, least, most)))
@@ -251,7 +255,7 @@ def format_p(p: float) -> str:
 
 
 def _with_ends(text: str, interval: Interval, measure: Measure) -> str:
-    if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
+    if not interval.has_ends:
         return f"{text} [no interval]"
     low, high = (f"{end * measure.scale:.{measure.digits}f}" for end in (interval.low, interval.high))
     return f"{text} [{low}, {high}]"

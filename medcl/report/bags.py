@@ -12,7 +12,7 @@ import numpy as np
 
 from medcl.data.bags import read_features
 from medcl.errors import MedclError
-from medcl.evaluation.bags import NAMES, Table, audit_of, notices, score, table_of_predictions
+from medcl.evaluation.bags import NAMES, Table, audit_of, doubts, ends, notices, score, table_of_predictions
 from medcl.evaluation.pairing import flat_config
 from medcl.evaluation.statistics import Interval
 from medcl.files import read_json, write_text
@@ -42,13 +42,16 @@ def write_bag_report(run: Path) -> Path:
     how = "INS" if method == "ins" else f"{config.get('aggregator')}{', SC-MIL' if method == 'sc' else ''}"
     told = (
         f"{config.get('folds')}-fold cross-validation, no group divided: every bag is told by a model that has seen "
-        "none of its group. Nothing is chosen on held-out bags. Intervals resample whole groups (n-1 of n drawn, "
-        "Student-t tails)."
+        "none of its group. Nothing is chosen on held-out bags. Intervals are over whole groups"
+        f"{': ' + result['interval'] if 'interval' in result else ', by an earlier version'}."
     )
     body = [
         html.paragraph(_headline(result), "headline"),
         html.warnings(notices(result)),
-        html.warnings(line for line in sections.logged_warnings(run, None) if not line.startswith("leakage: ")),
+        html.warnings([
+            *(line for line in sections.logged_warnings(run, None) if not line.startswith("leakage: ")),
+            *doubts(table, classes, result["scores"]),
+        ]),
         html.section("The numbers", *_numbers(result), html.paragraph(told, "small")),
         html.section("The predictions", *_figures(table, classes)),
         html.section("Every bag", html.details("From the most to the least wrong", _every_bag(table, classes))),
@@ -79,7 +82,7 @@ def write_told_report(out: Path) -> Path:
         body.append(html.warnings([f"{seen} of {len(rows)} bags are of groups that the classifier was fitted to."]))
     if all(row["label"] in classes for row in rows) and len({row["label"] for row in rows}) > 1:
         result = score(rows, classes, audit)
-        body.append(html.section("Against the labels given", *_numbers(result)))
+        body.append(html.section("Against the labels given", html.warnings(result["warnings"]), *_numbers(result)))
         body.append(html.section("The predictions", *_figures(table_of_predictions(rows, classes), classes)))
     shown = []
     for number in _surest(p):
@@ -108,15 +111,15 @@ def _cell(interval: Interval) -> str:
 def _headline(result: Mapping[str, Any]) -> str:
     interval = Interval.from_dict(result["scores"]["auroc"])
     repeats = f", mean over {result['repeats']} repeats" if result["repeats"] > 1 else ""
-    ends = f"{interval.low:.3f} to {interval.high:.3f}"
-    return f"AUROC {_cell(interval)} [{ends}] on {result['bags']} bags of {result['groups']} groups{repeats}."
+    bags = f"{result['bags']} bags of {result['groups']} groups{repeats}"
+    return f"AUROC {_cell(interval)} {ends(interval, ' to ')} on {bags}."
 
 
 def _numbers(result: Mapping[str, Any]) -> list[str]:
     lines = []
     for key, data in result["scores"].items():
         interval = Interval.from_dict(data)
-        lines.append([NAMES.get(key, key), _cell(interval), f"{interval.low:.3f} to {interval.high:.3f}"])
+        lines.append([NAMES.get(key, key), _cell(interval), ends(interval, " to ").strip("[]")])
     return [html.table(["score", "estimate", "95 % interval"], lines, strong=[0]), html.paragraph(HIGHER, "small")]
 
 

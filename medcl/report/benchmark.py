@@ -43,6 +43,7 @@ def write_benchmark_report(out: Path, result: Mapping[str, Any]) -> Path:
     body = [
         html.warnings(stamps),
         html.section("What came out", html.bullets([f"{line}." for line in result["sentences"]])),
+        html.section("If absent structures counted otherwise", html.bullets(result.get("sensitivity", []))),
         html.section("Label efficiency", curve),
         html.section("The numbers", html.table(head, lines, text_columns=2)),
         html.section(f"Every arm minus {result['baseline']}", *differences),

@@ -13,10 +13,11 @@ import numpy as np
 
 from medcl.data.case import Manifest
 from medcl.errors import MedclError
+from medcl.evaluation.absence import settled
 from medcl.evaluation.compare import comparison_cells
 from medcl.evaluation.evaluate import Row, mean_over_classes, notices, read_result, read_scores
 from medcl.evaluation.metrics import MEASURES
-from medcl.evaluation.pairing import flat_config
+from medcl.evaluation.pairing import flat_config, paired_means
 from medcl.files import read_json, write_text
 from medcl.report import figures, sections
 from medcl.report import page as html
@@ -59,7 +60,7 @@ def write_run_report(run: Path) -> Path:
         html.paragraph(sections.headline(config, scores, series), "headline"),
         html.warnings([*sections.logged_warnings(run, manifest), *(notices(scores) if scores else [])]),
         html.section("The numbers", *sections.numbers(scores, rows)) if scores else "",
-        html.section("Best, median and worst", *_extremes(run, manifest, rows)),
+        html.section("Best, median and worst", *_extremes(run, manifest, settled([rows], _rule(scores))[0])),
         html.section("Training", *sections.curves(series)),
         html.section("What was read", *sections.what_was_read(manifest, split)),
         html.section("The plan", html.facts({key: html.readable(plan[key]) for key in _told(plan)})),
@@ -103,7 +104,7 @@ def write_comparison_report(
                 html.figure(figures.subject_differences(result), f"Differences of the subjects, {gap}, by size"),
             ),
         ),
-        html.section("The numbers", *_comparison_tables(result)),
+        html.section("The numbers", *_comparison_tables(result), *map(html.paragraph, result.get("sensitivity", ()))),
         html.section("Largest, median and smallest difference", *_compared_cases(result, runs, baseline)),
         html.section(
             "How it was measured", html.bullets(how), html.details("Schedule of both arms", html.facts(schedule))
@@ -168,7 +169,10 @@ def _compared_cases(result: Mapping[str, Any], runs: Sequence[Path], baseline: S
     first, second = result["names"]
     arms = {first: Path(runs[0]), second: next(r for r in map(Path, baseline) if _draw(r) == _draw(Path(runs[0])))}
     manifest = _if_there(arms[first] / "manifest.json", Manifest.load)
-    scores = {name: _case_dice(run) for name, run in arms.items()}
+    of_all = [Path(run) for run in (arms[first], arms[second], *runs, *baseline)]
+    found = [read_scores(run / "test" / "evaluation.csv") for run in of_all]
+    pairs = paired_means(*settled(found, str(result.get("absent", "nothing")))[:2])
+    scores = {first: {r["case"]: r["dice"] for r in pairs}, second: {r["case"]: r["dice_baseline"] for r in pairs}}
     gains = {case: dice - scores[second][case] for case, dice in scores[first].items()}
     ranked = sorted((case for case in gains if np.isfinite(gains[case])), key=lambda case: -gains[case])
     if manifest is None or not ranked:
@@ -189,8 +193,9 @@ def _places(n: int, first: str, middle: str, last: str) -> dict[int, str]:
     return dict(sorted({n // 2: middle, n - 1: last, 0: first}.items()))
 
 
-def _case_dice(run: Path) -> dict[str, float]:
-    return {row["case"]: row["dice"] for row in mean_over_classes(read_scores(run / "test" / "evaluation.csv"))}
+def _rule(scores: Mapping[str, Any] | None) -> str:
+    """What absent classes count in a result; one of an earlier version does not say."""
+    return str(((scores or {}).get("absent") or {}).get("counts", "nothing"))
 
 
 def _draw(run: Path) -> Any:
