@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 
 from medcl.errors import MedclError
+from medcl.networks.backbones import Backbone
 from medcl.networks.parts import MOST_PARTS
 from medcl.run import log
 
@@ -63,6 +64,9 @@ class RetrySmaller(pl.LightningModule):
                     raise MedclError("out of memory", f"process {self.global_rank}", remedy) from error
                 backbone: Any = self.task.backbone if hasattr(self, "task") else self.backbone  # type: ignore[union-attr]
                 make_room(backbone, f"Step {self.trainer.global_step + 1}", error)
+                for module in self.modules():  # a teacher may be what ran out of it
+                    if isinstance(module, Backbone):
+                        module.parts = backbone.parts
             for parameter in self.parameters():
                 parameter.grad = None
             free_cache()

@@ -28,6 +28,8 @@ from medcl.scale import follows, strategy_for
 
 LAST = "checkpoints/last.ckpt"
 FLUSH_SECONDS = 5.0
+# as in the release of Swin (Liu et al., ICCV 2021), `no_weight_decay_keywords`
+POSITIONS = ("relative_position_bias_table",)
 DIVERGED = "Lower --lr, or use --precision 32; the last checkpoint is from before."
 
 
@@ -62,12 +64,12 @@ def adamw(
     given: Collection[torch.nn.Parameter] = (), given_lr: float = 1.0, frozen: float = 0.0,
     shares: Mapping[torch.nn.Parameter, float] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """AdamW with warm-up and cosine for `configure_optimizers`; biases and normalisation are not decayed.
+    """AdamW with warm-up and cosine for `configure_optimizers`; matrices and kernels alone are decayed.
 
     Args:
         module: whose parameters to train.
         lr: peak learning rate.
-        weight_decay: of matrices and kernels.
+        weight_decay: of matrices and kernels; biases, normalisation and tables of position have none.
         steps: of the run.
         warmup: share of them over which the rate rises.
         given: parameters that come from a pretraining.
@@ -77,7 +79,9 @@ def adamw(
     """
     # rate of a given parameter as a share of the others'
     own = {p: given_lr * (shares or {}).get(p, 1.0) for p in given}
-    train = [p for p in module.parameters() if p.requires_grad]
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    train = [p for _, p in named]
+    tables = {p for name, p in named if name.endswith(POSITIONS)}
     groups: list[dict[str, Any]] = []
     factors: list[Callable[[int], float]] = []
 
@@ -89,7 +93,7 @@ def adamw(
 
     for decay in (True, False):
         for share in (None, *sorted(set(own.values()))):
-            chosen = [p for p in train if decayed(p) == decay and own.get(p) == share]
+            chosen = [p for p in train if (decayed(p) and p not in tables) == decay and own.get(p) == share]
             if chosen:
                 groups.append({"params": chosen, "weight_decay": weight_decay if decay else 0.0})
                 factors.append(usual if share is None else partial(late, share=share))
@@ -98,8 +102,30 @@ def adamw(
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=fused or None)
     # it would take scaled gradients, so Lightning refuses there too; but a CPU has bf16 alone, which is not scaled
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    if tables:
+        optimizer.register_load_state_dict_pre_hook(partial(_with_tables_apart, train, tables))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)  # type: ignore[arg-type]
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _with_tables_apart(
+    train: Sequence[torch.nn.Parameter], tables: Collection[torch.nn.Parameter], optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> dict[str, Any] | None:  # fmt: skip
+    """Regroups the state of a run that still decayed tables of position, so that it can be resumed."""
+    now = [group["params"] for group in optimizer.param_groups]
+    half = len(now) // 2  # decayed groups first, each with its counterpart in the second half
+    at = {p: k % half for k, group in enumerate(now) for p in group}
+    before = [[p for p in train if at[p] == k % half and (p.ndim > 1) == (k < half)] for k in range(len(now))]
+    sizes = [len(group["params"]) for group in state["param_groups"]]
+    if sizes == [len(group) for group in now] or sizes != [len(group) for group in before]:
+        return None
+    log.info("Tables of position were decayed so far and no longer are.")
+    number = {p: k for k, p in enumerate(p for group in now for p in group)}
+    moved = {k: number[p] for k, p in enumerate(p for group in before for p in group)}
+    groups = [{**old, "params": [number[p] for p in group]}
+              for old, group in zip(state["param_groups"], now, strict=True)]  # fmt: skip
+    return {**state, "state": {moved[k]: v for k, v in state["state"].items()}, "param_groups": groups}
 
 
 def layer_shares(
@@ -368,10 +394,15 @@ def hours(seconds: float) -> str:
 
 @contextlib.contextmanager
 def preserved(module: torch.nn.Module) -> Iterator[None]:
-    """Leaves parameters, buffers, gradients and the global generator as they were: for trial steps."""
+    """Leaves parameters, buffers, gradients and the global generator as they were, also where a trial step fails."""
     state = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-    with torch.random.fork_rng():
-        yield
-    module.load_state_dict(state)
-    for parameter in module.parameters():
-        parameter.grad = None
+    grads = [(parameter, parameter.grad) for parameter in module.parameters()]
+    for parameter, _ in grads:
+        parameter.grad = None  # set aside: a trial must not add to them
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        module.load_state_dict(state)
+        for parameter, grad in grads:
+            parameter.grad = grad

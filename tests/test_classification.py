@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from medcl.downstream.mil_audit import BagAudit
 from medcl.evaluation.auroc import auroc_interval, auroc_parts
 from medcl.evaluation.bags import print_scores, score, table_of_predictions
 from medcl.evaluation.classification import (
@@ -219,7 +220,7 @@ def test_too_few_groups_are_said_and_a_whole_class_in_one_group_has_no_interval(
         f"too few groups to conclude (at least {MIN_GROUPS} of every class needed): "
         f"{MIN_GROUPS - 1} of b"
     ]
-    one = score(rows(1), ["a", "b"])
+    one = score(rows(1), ["a", "b"], BagAudit())
     assert one["scores"]["auroc"]["low"] is None and "no interval for AUROC" in one["warnings"][1]
     print_scores(one)
     shown = capsys.readouterr().out

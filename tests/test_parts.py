@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -14,9 +15,12 @@ from medcl import FinetuneConfig, PretrainConfig
 from medcl.checkpoint import load_weights
 from medcl.data.plan import Plan
 from medcl.errors import MedclError
+from medcl.losses.segmentation import dice_ce, shares
 from medcl.memory import fitting_batch, out_of_memory
 from medcl.networks import backbones
 from medcl.networks.backbones import BackboneSpec, build_backbone
+from medcl.networks.masked import MaskedEncoder
+from medcl.networks.parts import compile_network
 from medcl.pretext.fitting import shrunk
 
 SMALL = {"hidden": 16, "embedding": 8, "crops": 2}
@@ -41,6 +45,70 @@ def test_parts_give_the_gradient_of_the_whole(name, size):
     assert whole.keys() == pieces.keys() and whole
     a, b = (torch.cat([g.flatten() for g in grads.values()]) for grads in (whole, pieces))
     assert float((a - b).norm() / a.norm()) < 1e-5
+
+
+def tuning_gradients(backbone, image, target):
+    """Of a loss that reads logits and the map before the output layer, across rows."""
+    backbone.zero_grad()
+    logits, features = backbone.forward_with_features(image)
+    assert len(logits) == len(features) == len(image)
+    rows = features.flatten(2).mean(2)
+    (dice_ce(logits, target) + torch.softmax(rows @ rows.T, dim=1).diagonal().log().sum()).backward()
+    return logits.detach(), features.detach(), [p.grad.clone() for p in backbone.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(("name", "size"), [("unet", 16), ("dynunet", 16), ("swin_unetr", 32)])
+def test_logits_and_features_in_parts_are_those_of_the_whole(name, size):
+    torch.manual_seed(0)
+    swin = name == "swin_unetr"
+    spec = BackboneSpec(name, 1, 3, ((2, 2, 2),) * 2, 12 if swin else 4, "layer" if swin else "instance")
+    backbone = build_backbone(spec)
+    image = torch.randn(2 if swin else 3, 1, size, size, size)
+    target = shares(torch.randint(0, 3, image.shape), 3)
+    whole = tuning_gradients(backbone, image, target)
+    backbone.parts = 2
+    parts = tuning_gradients(backbone, image, target)
+    torch.testing.assert_close(parts[:2], whole[:2], atol=1e-4, rtol=1e-4)
+    a, b = (torch.cat([g.flatten() for g in grads[2]]) for grads in (whole, parts))
+    assert float((a - b).norm() / a.norm()) < 1e-4
+    assert len(whole[2]) == len(list(backbone.parameters()))
+
+
+def test_a_compiled_network_gives_features_in_parts(monkeypatch):
+    """Traced as for any compiler, without one."""
+    torch.manual_seed(0)
+    backbone = build_backbone(BackboneSpec("unet", 1, 2, ((2, 2, 2),), 4))
+    image = torch.randn(3, 1, 8, 8, 8)
+    target = shares(torch.randint(0, 2, image.shape), 2)
+    whole = tuning_gradients(backbone, image, target)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    compile_network(backbone)
+    for backbone.parts in (1, 2):
+        made = tuning_gradients(backbone, image, target)
+        torch.testing.assert_close(made[:2], whole[:2], atol=1e-4, rtol=1e-4)
+        a, b = (torch.cat([g.flatten() for g in grads[2]]) for grads in (whole, made))
+        assert float((a - b).norm() / a.norm()) < 1e-4
+
+
+def test_masked_tokens_are_replaced_in_parts():
+    torch.manual_seed(0)
+    backbone = build_backbone(BackboneSpec("swin_unetr", width=12, norm="layer"))
+    encoder = MaskedEncoder(backbone)
+    image, seen = torch.randn(2, 1, 32, 32, 32), torch.rand(2, 1, 4, 4, 4) < 0.5
+    seen = seen.repeat_interleave(8, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
+    rows, grads = [], []
+    most: list[int] = []
+    backbone.net.swinViT.patch_embed.register_forward_pre_hook(lambda module, inputs: most.append(len(inputs[0])))
+    for backbone.parts in (1, 2):
+        encoder.zero_grad(), backbone.zero_grad()
+        features = encoder(image, seen)
+        sum(f.square().mean() for f in features).backward()
+        rows.append(features)
+        grads.append([encoder.token.grad.clone(), *(p.grad for p in backbone.encoder_parameters())])
+    assert most == [2, 1, 1, 1, 1]  # each part once more for the gradient
+    torch.testing.assert_close(rows[1], rows[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(grads[1][0], grads[0][0], atol=1e-5, rtol=1e-3)
+    assert float(grads[0][0].abs().sum()) > 0
 
 
 MEASURED = """
@@ -102,18 +170,23 @@ def from_step(monkeypatch, state, step, most):
     monkeypatch.setattr(SeedEveryStep, "on_train_batch_start", start)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "tuned"])
 def test_a_step_without_memory_is_taken_again_in_parts(stage, tmp_path, phantoms, monkeypatch, little_memory):
     def config(out, **more):
         if stage == "pretrain":
             return PretrainConfig(
                 str(phantoms), str(tmp_path / out), steps=4, task="voco", batch_size=2, width=4, options=SMALL, **more
             )
+        if stage == "tuned":  # losses that read the map before the output layer; parts from the beginning and on demand
+            background = {"background": True, "least": 1, "start": 0.0}
+            more |= {"core_tuning": 0.1, "semi": "pixel_contrast", "semi_options": background}
+            more |= {"parts": 2} if out == "parts" else {}
         return FinetuneConfig(str(phantoms), str(tmp_path / out), steps=3, batch_size=4, width=4, labels="2", **more)
 
-    whole = getattr(medcl, stage)(config("whole"))
-    from_step(monkeypatch, little_memory, 2, 3)
-    parts = getattr(medcl, stage)(config("parts"))
+    run = medcl.pretrain if stage == "pretrain" else medcl.finetune
+    whole = run(config("whole"))
+    from_step(monkeypatch, little_memory, 2, 2)
+    parts = run(config("parts"))
     assert little_memory["failed"] > 0
     assert "ran out of memory. It is taken again with its rows in" in (parts / "log.txt").read_text()
     first, second = (load_weights(run)[1] for run in (whole, parts))

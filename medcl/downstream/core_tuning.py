@@ -30,7 +30,7 @@ class CoreTuning(nn.Module):
     def __init__(self, backbone: Backbone, width: int = 32):
         super().__init__()
         channels = backbone.feature_channels
-        self.classes = backbone.spec.out_channels
+        self.classes, self.offset = backbone.spec.out_channels, backbone.feature_offset
         self.head = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, width))
         self.classifier = nn.Linear(channels, self.classes)
 
@@ -44,7 +44,7 @@ class CoreTuning(nn.Module):
         n = rows.labelled
         depth, height, width = features.shape[2:]
         size = (depth, height, width)
-        label = voxel_classes(rows.target[:n], rows.weight[:n], size).flatten(1)
+        label = voxel_classes(rows.target[:n], rows.weight[:n], size, self.offset).flatten(1)
         seeds = rows.seed[:n]
         keys = uniform(seeds, "core.voxels", *size).flatten(1).to(label.device)
         index, drawn = draw_voxels(label, keys, list(range(self.classes)), VOXELS)

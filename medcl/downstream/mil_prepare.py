@@ -128,9 +128,20 @@ def recipe_of(bag: Bag, encoder: InstanceEncoder, tiling: Tiling, config: MILPre
         stat.st_size,
         stat.st_mtime_ns,
     ]
+    if config.instances == "cells" and placed(encoder):
+        facts.append("placed")
     if bag.path.is_dir():
         facts.append(sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in bag.path.iterdir()))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def placed(encoder: InstanceEncoder) -> bool:
+    """Whether cells read coarse maps at other places than if every voxel lay amid those it covers, as they once did."""
+    if not isinstance(encoder, VolumeEncoder):
+        return False
+    net = encoder.backbone
+    amid = tuple(tuple((n - 1) / 2 for n in reduction) for reduction in net.reductions)
+    return net.offsets != amid
 
 
 def current(path: Path, recipe: str) -> Features | None:
@@ -186,6 +197,7 @@ def of_volume(bag: Bag, encoder: InstanceEncoder, plan: Plan | None, config: MIL
         h, corners = cells_of_volume(image, whole, encoder, size, device, config.maps, step, config.pool)
         name = f"{encoder.identity}:cells-{'x'.join(map(str, size))}" + (f"-{config.maps}" if config.maps else "")
         name += "" if config.pool == "mean-max" else f"-{config.pool}"
+        name += "-placed" if placed(encoder) else ""
         return Features(h, corners, name, {**meta, "size": list(size), "step": list(step)})
     if config.instances == "slices":  # as thin as the encoder can see: one voxel for a slice-wise one
         size = round_up((image.shape[0], image.shape[1], 1), multiple)

@@ -105,8 +105,8 @@ def probe(backbone: Backbone, data: ProbeData, device: torch.device | str = "cpu
     for image, places in zip(data.images, data.voxels, strict=True):
         features = backbone.encode(image[None].to(device))
         rows = [
-            sample_at(f.float(), view_to_map(places.to(device), torch.tensor(step, device=device))[None])[0]
-            for f, step in zip(features, backbone.reductions, strict=True)
+            sample_at(f.float(), view_to_map(places.to(device), *torch.tensor([step, first], device=device))[None])[0]
+            for f, step, first in zip(features, backbone.reductions, backbone.offsets, strict=True)
         ]
         voxel.append(torch.cat(rows, dim=1).cpu())
         volume.append(pooled_pyramid(features)[0].float().cpu())

@@ -6,6 +6,9 @@ segmentation", Medical Image Analysis 2023.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,19 +18,39 @@ from medcl.losses.contrastive import contrast
 IGNORED = -1
 
 
-def voxel_classes(target: Tensor, weight: Tensor, size: tuple[int, int, int]) -> Tensor:
+def voxel_classes(
+    target: Tensor, weight: Tensor, size: tuple[int, int, int], offset: Sequence[float] | None = None
+) -> Tensor:
     """The class of every voxel of a coarser map: the one that fills more than half of it with trusted voxels.
+
+    A voxel of the map takes up a box as long as the step from one to the next, around the place where it lies.
 
     Args:
         target: share of every class, (N, K, D, H, W).
         weight: of every voxel, (N, 1, D, H, W).
         size: voxels of the map.
+        offset: where the first voxel of the map lies, in voxels of the target; see `Backbone.offsets`. By default amid
+            the voxels that it covers.
 
     Returns:
         (N, *size) int64, -1 where no class does.
     """
-    share, label = F.adaptive_avg_pool3d(target * weight, size).max(dim=1)
+    share = target * weight
+    if offset is not None:
+        for axis, (first, n, m) in enumerate(zip(offset, target.shape[2:], size, strict=True), 2):
+            share = moved(share, first - (n / m - 1) / 2, axis)
+    share, label = F.adaptive_avg_pool3d(share, size).max(dim=1)
     return label.masked_fill(share <= 0.5, IGNORED)
+
+
+def moved(x: Tensor, by: float, axis: int) -> Tensor:
+    """What lies `by` voxels further along an axis, linear between voxels; outside, the border's."""
+    if by == 0:
+        return x
+    n, whole = x.shape[axis], math.floor(by)
+    index = torch.arange(n, device=x.device) + whole
+    near, far = (x.index_select(axis, i.clamp(0, n - 1)) for i in (index, index + 1))
+    return torch.lerp(near, far, by - whole)
 
 
 def draw_voxels(label: Tensor, keys: Tensor, classes: list[int], count: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from medcl.networks.ranks import sum_over_ranks, world_size
+
 SMOOTH = 1e-5  # in numerator and denominator of the Dice, as in MONAI
 
 
@@ -16,13 +18,19 @@ def shares(label: Tensor, classes: int) -> Tensor:
     return out.scatter_(1, label.long(), 1.0)
 
 
+def mean_over_ranks(count: Tensor) -> Tensor:
+    """What a rank's sum is divided by, so that the mean over ranks is the joined sum over the joined count."""
+    return sum_over_ranks(count) / world_size()
+
+
 def dice_ce(
     logits: Tensor, target: Tensor, weight: Tensor | None = None, inside: Tensor | None = None
 ) -> Tensor:
     """Soft Dice loss over the foreground classes plus cross-entropy.
 
-    The Dice of a class is taken over the whole batch: single patches often lack small structures. With 0 and 1 for
-    shares and without weights this is MONAI's `DiceCELoss(include_background=False, softmax=True, batch=True)`.
+    The Dice of a class is taken over the whole batch, that of all ranks: single patches often lack small structures.
+    With 0 and 1 for shares and without weights this is MONAI's `DiceCELoss(include_background=False, softmax=True,
+    batch=True)`. The mean over ranks, of loss and gradient, is that of one process with the joined batch.
 
     Args:
         logits: (B, K, D, H, W).
@@ -40,9 +48,10 @@ def dice_ce(
         if weight is not None:
             entropy, overlap, total = entropy * weight, overlap * weight, total * weight
         space = (0, 2, 3, 4)
-        dice = (2 * overlap.sum(space) + SMOOTH) / (total.sum(space) + SMOOTH)
-        mean = entropy.mean() if inside is None else entropy.sum() / inside.sum().clamp(min=1)
-        return (1 - dice).mean() + mean
+        overlap, total = sum_over_ranks(torch.stack([overlap.sum(space), total.sum(space)]))
+        dice = (2 * overlap + SMOOTH) / (total + SMOOTH)
+        count = entropy.new_tensor(float(entropy.numel())) if inside is None else inside.sum()
+        return (1 - dice).mean() + entropy.sum() / mean_over_ranks(count).clamp(min=1 / world_size())
 
 
 def consistency(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -53,11 +62,11 @@ def consistency(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     Args:
         logits: of the student, (B, K, D, H, W).
         target: probabilities of the teacher, (B, K, D, H, W), without gradient.
-        weight: of every voxel, (B, 1, D, H, W); the mean is over voxels of weight above 0.
+        weight: of every voxel, (B, 1, D, H, W); the mean is over voxels of weight above 0, of all ranks.
     """
     with torch.autocast(logits.device.type, enabled=False):
         apart = (torch.softmax(logits.float(), dim=1) - target).square().mean(1, keepdim=True)
-        return (apart * weight).sum() / weight.sum().clamp(min=1)
+        return (apart * weight).sum() / mean_over_ranks(weight.sum()).clamp(min=1 / world_size())
 
 
 def ramp_up(progress: float, length: float) -> float:

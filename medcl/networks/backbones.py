@@ -17,7 +17,11 @@ from medcl.errors import MedclError
 from medcl.networks.parts import in_parts
 
 Triple = tuple[int, int, int]
+Place = tuple[float, float, float]
 MAX_CHANNELS = 320  # nnU-Net's cap for 3D networks
+# share of a decoder map's sensitivity that reaches it from below, not by the skip; measured at random weights of
+# `dynunet`: 0.55 to 0.75 of the squared gradient, by strides and level (tests/test_places.py)
+FROM_BELOW = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Backbone(nn.Module, ABC):
         spec: what it was built from.
         channels: channels of every map that `encode` returns, fine to coarse.
         reductions: voxels of the input per voxel of every such map, one triple each.
+        offsets: where the first voxel of every such map lies, in voxels of the input: voxel m of map i lies at
+            m * reductions[i] + offsets[i]. That is the centre of what it is sensitive to; see `decoder_offsets`.
         parts: in how many parts `encode` and `decode` go through the rows of a batch; see `medcl.networks.parts`.
     """
 
@@ -59,6 +65,7 @@ class Backbone(nn.Module, ABC):
     default_width: int
     channels: tuple[int, ...]
     reductions: tuple[Triple, ...]
+    offsets: tuple[Place, ...]
 
     def __init__(self, spec: BackboneSpec):
         super().__init__()
@@ -99,17 +106,30 @@ class Backbone(nn.Module, ABC):
 
     def forward_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and the map that the output layer reads, (B, `feature_channels`, ...), at its own resolution."""
-        seen: list[Tensor] = []
-        hook = self.head_modules()[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        try:
-            return self(x), seen[0]
-        finally:
-            hook.remove()
+        features = self.decode_features(self.encode(x))
+        return self.read_out(features), features
+
+    def decode_features(self, features: Sequence[Tensor]) -> Tensor:
+        """The map that the output layer reads, of the maps that `encode` gave."""
+        return self.decode(features, len(features) - 1)
+
+    @in_parts
+    def read_out(self, features: Tensor) -> Tensor:
+        """Logits of the map that the output layer reads."""
+        return self._output(features)
+
+    def _output(self, features: Tensor) -> Tensor:
+        return self.head_modules()[0](features)
 
     @property
     def feature_channels(self) -> int:
         convolutions = (nn.Conv3d, nn.ConvTranspose3d)
         return next(m.in_channels for m in self.head_modules()[0].modules() if isinstance(m, convolutions))
+
+    @property
+    def feature_offset(self) -> Place:
+        """As `offsets`, for the map that the output layer reads: in all networks its labels are those of this place."""
+        return (0.0, 0.0, 0.0)
 
     @property
     def width(self) -> int:
@@ -119,6 +139,22 @@ class Backbone(nn.Module, ABC):
     def decoder_levels(self) -> tuple[int, ...]:
         """For each decoder block, the level of `channels` and `reductions` that its map shares, first block first."""
         return tuple(range(len(self.channels) - 2, -1, -1))
+
+    @property
+    def decoder_offsets(self) -> tuple[Place, ...]:
+        """As `offsets`, for the map after each decoder block, first block first.
+
+        A block that repeats a coarse voxel s times lays the copies (s - 1) / 2 fine voxels before it on average, in
+        voxels that start where it starts. Its map has two sources, that and the skip, and lies between them.
+        """
+        places, below, coarse = [], self.offsets[-1], self.reductions[-1]
+        for level in self.decoder_levels:
+            fine, skip = self.reductions[level], self.offsets[level]
+            lifted = [o - (c - f) / 2 for o, c, f in zip(below, coarse, fine, strict=True)]
+            x, y, z = (o + FROM_BELOW * (b - o) for o, b in zip(skip, lifted, strict=True))
+            below, coarse = (x, y, z), fine
+            places.append(below)
+        return tuple(places)
 
     @property
     def multiple(self) -> Triple:
@@ -198,6 +234,8 @@ class UNetBackbone(Backbone):
         self.channels = tuple(_widths(spec.width or self.default_width, len(spec.strides) + 1))
         reductions = _cumulative(spec.strides)
         self.reductions = (*reductions, reductions[-1])  # the bottom layer does not stride
+        # a kernel of three is centred on every stride-th voxel, the first among them
+        self.offsets = ((0.0, 0.0, 0.0),) * len(self.reductions)
         super().__init__(spec)
 
     def monai_arguments(self) -> tuple[str, dict[str, Any]]:
@@ -217,6 +255,18 @@ class UNetBackbone(Backbone):
     def decoder_levels(self) -> tuple[int, ...]:
         # the bottom layer does not stride, and the last block is the output layer
         return tuple(range(len(self.channels) - 3, -1, -1))
+
+    @property
+    def decoder_offsets(self) -> tuple[Place, ...]:
+        # a transposed kernel of three is centred too: a coarse voxel goes to the fine one at its place and both beside
+        return tuple(self.offsets[level] for level in self.decoder_levels)
+
+    def _output(self, features: Tensor) -> Tensor:
+        return _run(self.head_modules()[0], features)
+
+    def decode_features(self, features: Sequence[Tensor]) -> Tensor:
+        below = self.decode(features, len(features) - 2)
+        return torch.cat([features[0], below.to(features[0].dtype)], dim=1)
 
     def _levels(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """Down layers (bottom included) and up layers, both fine to coarse, out of MONAI's nested blocks."""
@@ -261,6 +311,7 @@ class DynUNetBackbone(Backbone):
     def __init__(self, spec: BackboneSpec):
         self.channels = tuple(_widths(spec.width or self.default_width, len(spec.strides) + 1))
         self.reductions = ((1, 1, 1), *_cumulative(spec.strides))
+        self.offsets = ((0.0, 0.0, 0.0),) * len(self.reductions)  # as in `unet`
         super().__init__(spec)
 
     def monai_arguments(self) -> tuple[str, dict[str, Any]]:
@@ -304,7 +355,7 @@ class DynUNetBackbone(Backbone):
         x = features[-1]
         for up, skip in zip(list(self.net.upsamples)[:blocks], reversed(features[:-1]), strict=False):
             x = _run(up, x, skip)
-        return x if blocks is not None else self.net.output_block(x)
+        return x if blocks is not None else self._output(x)
 
 
 class SwinUNETRBackbone(Backbone):
@@ -316,6 +367,8 @@ class SwinUNETRBackbone(Backbone):
         width = spec.width or self.default_width
         self.channels = (width, width, 2 * width, 4 * width, 8 * width, 16 * width)
         self.reductions = tuple((2**i, 2**i, 2**i) for i in range(6))
+        # patches are cut and merged side by side: a voxel lies amid those it covers
+        self.offsets = tuple(((2**i - 1) / 2,) * 3 for i in range(6))
         super().__init__(spec)
 
     def monai_arguments(self) -> tuple[str, dict[str, Any]]:
@@ -350,18 +403,33 @@ class SwinUNETRBackbone(Backbone):
         return encoder + [[module] for module in self.decoder_modules()]
 
     @in_parts
-    def encode(self, x: Tensor) -> list[Tensor]:
+    def encode(self, x: Tensor, hidden: Tensor | None = None, *, token: Tensor | None = None) -> list[Tensor]:
+        """As every backbone's; of an image whose `hidden` tokens (B, 1, ...) bool are replaced by `token` (width,)."""
         net = self.net
         net._check_input_size(x.shape[2:])
-        hidden = net.swinViT(x, net.normalize)
+        levels = self._levels(x, hidden, token)
         return [
             net.encoder1(x),
-            net.encoder2(hidden[0]),
-            net.encoder3(hidden[1]),
-            _run(net.encoder4, hidden[2]),
-            hidden[3],
-            _run(net.encoder10, hidden[4]),
+            net.encoder2(levels[0]),
+            net.encoder3(levels[1]),
+            _run(net.encoder4, levels[2]),
+            levels[3],
+            _run(net.encoder10, levels[4]),
         ]
+
+    def _levels(self, x: Tensor, hidden: Tensor | None, token: Tensor | None) -> list[Tensor]:
+        """MONAI's `SwinTransformer.forward`, with tokens replaced between the embedding and the first level."""
+        vit, normalize = self.net.swinViT, self.net.normalize
+        tokens = vit.patch_embed(x)
+        if hidden is not None and token is not None:
+            tokens = torch.where(hidden, token.view(1, -1, 1, 1, 1).to(tokens.dtype), tokens)
+        tokens = vit.pos_drop(tokens)
+        levels = [vit.proj_out(tokens, normalize)]
+        before = (vit.layers1c, vit.layers2c, vit.layers3c, vit.layers4c)
+        for convolution, layer in zip(before, (vit.layers1, vit.layers2, vit.layers3, vit.layers4), strict=True):
+            tokens = layer[0](convolution[0](tokens.contiguous()).contiguous())
+            levels.append(vit.proj_out(tokens, normalize))
+        return levels
 
     @in_parts
     def decode(self, features: Sequence[Tensor], blocks: int | None = None) -> Tensor:
@@ -369,7 +437,7 @@ class SwinUNETRBackbone(Backbone):
         ups = (net.decoder5, net.decoder4, net.decoder3, net.decoder2, net.decoder1)
         for up, skip in zip(ups[:blocks], reversed(features[:-1]), strict=False):
             x = _run(up, x, skip)
-        return x if blocks is not None else net.out(x)
+        return x if blocks is not None else self._output(x)
 
 
 BACKBONES: dict[str, type[Backbone]] = {

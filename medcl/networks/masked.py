@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medcl.networks.backbones import Backbone, SwinUNETRBackbone, UNetBackbone
+from medcl.networks.backbones import Backbone, SwinUNETRBackbone
 
 TOKEN_STD = 0.02  # of a new mask token, as transformers initialise their embeddings
 
@@ -45,22 +44,11 @@ class MaskedEncoder(nn.Module):
         """
         (backbone,) = self._backbone
         masked = image.masked_fill(~seen, 0.0)
-        if self.token is None:
+        if not isinstance(backbone, SwinUNETRBackbone):
             return backbone.encode(masked)
         size = token_size(backbone)
         hidden = F.max_pool3d(seen.to(masked.dtype), size) == 0
-        token = self.token.view(1, -1, 1, 1, 1)
-
-        def replace(module: nn.Module, inputs: Any, tokens: Tensor) -> Tensor:
-            return torch.where(hidden, token.to(tokens.dtype), tokens)
-
-        handle = backbone.net.swinViT.patch_embed.register_forward_hook(replace)
-        parts, backbone.parts = backbone.parts, 1  # the hook knows the whole batch, and is gone when a part is repeated
-        try:
-            return backbone.encode(masked)
-        finally:
-            handle.remove()
-            backbone.parts = parts
+        return backbone.encode(masked, hidden, token=self.token)
 
 
 class ReconstructionHead(nn.Module):
@@ -78,21 +66,13 @@ class ReconstructionHead(nn.Module):
 
     def __init__(self, backbone: Backbone):
         super().__init__()
-        width, stride = backbone.channels[0], (1, 1, 1)
-        if isinstance(backbone, UNetBackbone):
-            below = backbone.channels[0] if len(backbone.spec.strides) > 1 else backbone.channels[1]
-            width, stride = width + below, backbone.reductions[0]
+        stride = backbone.reductions[0]
         self._backbone = (backbone,)
-        self.layer = nn.ConvTranspose3d(width, backbone.spec.in_channels, stride, stride)
+        self.layer = nn.ConvTranspose3d(backbone.feature_channels, backbone.spec.in_channels, stride, stride)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """The reconstruction (B, in_channels, D, H, W), float32, of the maps that `encode` gave."""
         (backbone,) = self._backbone
-        blocks = len(features) - 1
-        if isinstance(backbone, UNetBackbone):
-            below = backbone.decode(features, blocks - 1)
-            last = torch.cat([features[0], below.to(features[0].dtype)], dim=1)
-        else:
-            last = backbone.decode(features, blocks)
+        last = backbone.decode_features(features)
         with torch.autocast(last.device.type, enabled=False):
             return self.layer(last.float())

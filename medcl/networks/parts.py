@@ -21,7 +21,11 @@ MOST_PARTS = 64  # more never helps: a part is a row at least
 
 
 def in_parts(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a backbone's `encode` or `decode` run over `self.parts` parts of its rows, one after another.
+    """Lets a method of a backbone run over `self.parts` parts of its rows, one after another.
+
+    The first argument is a tensor or a list of them. It is divided by rows, as is every other tensor given by position;
+    what is given by name goes whole to every part. A part runs again for the gradient, so the method must be a function
+    of its arguments: a hook that it leaves behind, or one set around the call, would see single parts, and each twice.
 
     Exact for networks that treat every row by itself, as all do but those with batch normalisation.
     """
@@ -32,15 +36,16 @@ def in_parts(method: Callable[..., Any]) -> Callable[..., Any]:
         parts = min(self.parts, rows)
         if parts <= 1:
             return method(self, x, *args, **named)
-        pieces = (
-            x.tensor_split(parts)
-            if isinstance(x, Tensor)
-            else list(zip(*(m.tensor_split(parts) for m in x), strict=True))
-        )
+
+        def divided(value: Any) -> Any:
+            return value.tensor_split(parts) if isinstance(value, Tensor) else [value] * parts
+
+        first = divided(x) if isinstance(x, Tensor) else zip(*map(divided, x), strict=True)
+        pieces = list(zip(first, *map(divided, args), strict=True))
         if torch.is_grad_enabled():
-            done = [checkpoint(method, self, piece, *args, use_reentrant=False, **named) for piece in pieces]
+            done = [checkpoint(method, self, *piece, use_reentrant=False, **named) for piece in pieces]
         else:
-            done = [method(self, piece, *args, **named) for piece in pieces]
+            done = [method(self, *piece, **named) for piece in pieces]
         return torch.cat(done) if isinstance(done[0], Tensor) else [torch.cat(maps) for maps in zip(*done, strict=True)]
 
     return call

@@ -17,6 +17,7 @@ from medcl.networks.backbones import Backbone
 from medcl.networks.heads import pooled_pyramid
 from medcl.run import log
 from medcl.trained import count, summary
+from medcl.transforms.correspondence import grid_points, map_to_view, sample_at, view_to_map
 
 WIDTHS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048}
 
@@ -101,7 +102,11 @@ class VolumeEncoder(InstanceEncoder):
         grid = [n // s for n, s in zip(volume.shape[2:], step, strict=True)]
         along = [n // s for n, s in zip(size, step, strict=True)]
         parts = []
-        for map_ in [intensity, *self.backbone.encode(volume)[: maps or None]]:
+        encoded = self.backbone.encode(volume)[: maps or None]
+        # where voxels of the coarser maps lie is the backbone's to tell; in a finer one those of a cell lie in it
+        places = [((1, 1, 1), (0.0, 0.0, 0.0)), *zip(self.backbone.reductions, self.backbone.offsets, strict=True)]
+        centres = map_to_view(grid_points(grid, volume.device), torch.tensor(step, device=volume.device))
+        for map_, (reduction, first) in zip([intensity, *encoded], places, strict=False):
             if all(have % want == 0 for have, want in zip(map_.shape[2:], grid, strict=True)):
                 window = [n * have // want for n, have, want in zip(along, map_.shape[2:], grid, strict=True)]
                 stride = [have // want for have, want in zip(map_.shape[2:], grid, strict=True)]
@@ -109,7 +114,8 @@ class VolumeEncoder(InstanceEncoder):
                 if max(window) > 1 and pool == "mean-max":
                     parts.append(F.max_pool3d(map_, window, stride))
             else:
-                finer = F.interpolate(map_, size=grid, mode="trilinear", align_corners=False)
+                at = view_to_map(centres, *torch.tensor([reduction, first], device=volume.device))
+                finer = sample_at(map_, at[None]).mT.unflatten(2, grid)
                 parts.append(F.avg_pool3d(finer, along, 1))
         found = torch.cat(parts, dim=1)[0]
         return found.flatten(1).T.float(), list(found.shape[1:])

@@ -24,7 +24,15 @@ from medcl.pretext.checks import Checks
 from medcl.pretext.global_contrast import check_partitions, check_reads
 from medcl.pretext.sizes import enlarged, network_input, view_size
 from medcl.transforms.compose import INTENSITY
-from medcl.transforms.correspondence import affine_of, grid_points, into, map_to_view, sample_at, view_to_map
+from medcl.transforms.correspondence import (
+    affine_of,
+    first_place,
+    grid_points,
+    into,
+    map_to_view,
+    sample_at,
+    view_to_map,
+)
 from medcl.transforms.inside import data_box, inside_at
 from medcl.transforms.views import RandomView
 
@@ -91,6 +99,7 @@ class LocalContrast(PretextTask):
         channels, reduction = backbone.channels[level], backbone.reductions[level]
         self.map_size = tuple(n // r for n, r in zip(self.input_size, reduction, strict=True))
         step = [n / m for n, m in zip(self.size, self.map_size, strict=True)]  # view voxels in a voxel of the map
+        first = first_place(backbone.decoder_offsets[self.blocks - 1], reduction, step)
         corners, extent = region_corners(self.map_size, chosen.region, chosen.regions)
         mm = [s * r for s, r in zip(plan.spacing, step, strict=True)]
         near = nearest_apart(corners, extent, mm, chosen.negatives)
@@ -103,9 +112,11 @@ class LocalContrast(PretextTask):
         self.near: Tensor
         self.points: Tensor
         self.step: Tensor
+        self.first: Tensor
         self.register_buffer("near", near, persistent=False)
         self.register_buffer("points", points, persistent=False)
         self.register_buffer("step", torch.tensor(step), persistent=False)
+        self.register_buffer("first", torch.tensor(first), persistent=False)
         self.head = PointwiseHead(channels)
         self.region = nn.Linear(channels * points.shape[1], chosen.embedding, bias=False)
 
@@ -171,7 +182,7 @@ class LocalContrast(PretextTask):
     def with_data(self, views: Tensors) -> Tensor:
         """Whether all voxels of a region of the first view show data, (N, R)."""
         n, (r, v) = len(views["low"]), self.points.shape[:2]
-        points = map_to_view(self.points.view(r * v, 3), self.step)
+        points = map_to_view(self.points.view(r * v, 3), self.step, self.first)
         places = points @ views["matrix"][:, 0].float().mT + views["origin"][:, 0, None].float()
         return inside_at(places.mT, (views["low"], views["high"])).view(n, r, v).all(-1)
 
@@ -180,10 +191,12 @@ class LocalContrast(PretextTask):
         n, (r, v) = len(matrix), self.points.shape[:2]
         first = self.points.view(1, r * v, 3).expand(n, -1, -1)
         maps = [(matrix[:, view].float(), origin[:, view].float()) for view in range(2)]
-        second = view_to_map(into(map_to_view(first, self.step), *maps), self.step)
+        place = into(map_to_view(first, self.step, self.first), *maps)
+        second = view_to_map(place, self.step, self.first)
         second = torch.where(second.sub(second.round()).abs() < 1e-3, second.round(), second)
         last = torch.tensor(self.map_size, device=second.device) - 0.5
-        inside = ((second >= -0.5) & (second <= last)).all(-1).view(n, r, v).all(-1)
+        shown = (place > -0.51) & (place < torch.tensor(self.size, device=place.device) - 0.49)
+        inside = (shown & (second >= -0.5) & (second <= last)).all(-1).view(n, r, v).all(-1)
         return torch.stack([first, second], dim=1).view(n, 2, r, v, 3), inside
 
     def _regions(self, decoded: Tensor, points: Tensor) -> Tensor:

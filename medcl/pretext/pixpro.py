@@ -18,12 +18,13 @@ from medcl.errors import MedclError
 from medcl.losses.dense import close_pairs, dense_contrast, propagate, propagation_loss
 from medcl.networks.backbones import Backbone
 from medcl.networks.ema import MomentumTeacher, cosine_momentum
-from medcl.networks.heads import PointwiseHead, shares_inside, some_voxels
+from medcl.networks.heads import PointwiseHead, some_voxels
 from medcl.pretext.base import Pairs, PretextTask, Tensors
 from medcl.pretext.checks import Checks
 from medcl.pretext.sizes import enlarged, network_input, view_size
 from medcl.transforms.compose import INTENSITY
-from medcl.transforms.correspondence import affine_of, grid_points, map_to_view
+from medcl.transforms.correspondence import affine_of, first_place, grid_points, map_to_view
+from medcl.transforms.inside import data_box, inside_at
 from medcl.transforms.views import RandomView
 
 MOST_VOXELS = 512  # of a map by default: pairs of voxels are compared
@@ -80,19 +81,23 @@ class PixPro(PretextTask):
         self.input_size = network_input(self.size, backbone.multiple)
         x, y, z = (max(n, min(round(n * ROOM), v)) for n, v in zip(self.size, plan.volume_size, strict=True))
         self.read_size = (x, y, z)
-        self.blocks, self.map_size, channels = choose_map(backbone, self.input_size, chosen.blocks)
+        self.blocks, level, self.map_size = choose_map(backbone, self.input_size, chosen.blocks)
         self.trains = ("encoder", "decoder") if self.blocks else ("encoder",)
         self.view = RandomView(
             self.size, plan.spacing, plan.modality, INTENSITY[chosen.intensity], chosen.rotate_deg, chosen.scale,
             (chosen.flip,) * 3,
         )  # fmt: skip
-        self.head = PointwiseHead(channels, chosen.embedding, chosen.hidden)
+        self.head = PointwiseHead(backbone.channels[level], chosen.embedding, chosen.hidden)
         self.transform = nn.Linear(chosen.embedding, chosen.embedding) if chosen.form == "propagation" else None
         self.teacher = MomentumTeacher(self._taught())
         step = [n / m for n, m in zip(self.size, self.map_size, strict=True)]
+        offset = backbone.decoder_offsets[self.blocks - 1] if self.blocks else backbone.offsets[level]
         self.step: Tensor
+        self.first: Tensor
         self.spacing: Tensor
         self.register_buffer("step", torch.tensor(step), persistent=False)
+        first = torch.tensor(first_place(offset, backbone.reductions[level], step))
+        self.register_buffer("first", first, persistent=False)
         self.register_buffer("spacing", torch.tensor(plan.spacing, dtype=torch.float32), persistent=False)
 
     def _taught(self) -> nn.ModuleDict:
@@ -107,15 +112,18 @@ class PixPro(PretextTask):
         """`view` (N, 2, 1, *size), the map voxels' centres `mm` (N, 2, P, 3), which of them show data, `inside`
         (N, 2, P), and a map voxel's `diagonal` (N, 2)."""
         shown = [self.view.of_reads(batch, number) for number in range(2)]
-        points = map_to_view(grid_points(self.map_size, self.step.device), self.step)
-        centres, diagonals = [], []
+        points = map_to_view(grid_points(self.map_size, self.step.device), self.step, self.first)
+        box = data_box(batch)
+        centres, diagonals, inside = [], [], []
         for _, where, _ in shown:
             matrix, origin = affine_of(where)
-            centres.append((points @ matrix.mT + origin[:, None]) * self.spacing)
+            places = points @ matrix.mT + origin[:, None]
+            inside.append(inside_at(places.mT, box)[:, 0])
+            centres.append(places * self.spacing)
             diagonals.append((matrix @ torch.diag(self.step) * self.spacing[:, None]).square().sum((1, 2)).sqrt())
         return {
             "view": torch.stack([image for image, _, _ in shown], dim=1),
-            "inside": torch.stack([mostly_inside(inside, self.map_size) for _, _, inside in shown], dim=1),
+            "inside": torch.stack(inside, dim=1),
             "mm": torch.stack(centres, dim=1),
             "diagonal": torch.stack(diagonals, dim=1),
         }
@@ -175,15 +183,10 @@ class PixPro(PretextTask):
         self.teacher.update(self._taught(), cosine_momentum(self.options.momentum, progress))
 
 
-def mostly_inside(inside: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Which voxels of a map (N, voxels) hold more data than not, from which voxels of the view do, (N, 1, D, H, W)."""
-    return shares_inside(inside, size).flatten(1) > 0.5
-
-
 def choose_map(
     backbone: Backbone, input_size: tuple[int, int, int], blocks: int | None
-) -> tuple[int, tuple[int, ...], int]:
-    """Decoder blocks before the map to compare, the map's voxels and its channels.
+) -> tuple[int, int, tuple[int, ...]]:
+    """Decoder blocks before the map to compare, the map's level and its voxels.
 
     Raises:
         MedclError: more decoder blocks than there are before the output layer.
@@ -197,7 +200,7 @@ def choose_map(
             f"{blocks} decoder blocks, and {backbone.spec.name} has {len(levels) - 1} before its output layer",
             "--options.blocks", f"Give at most {len(levels) - 1}.",
         )  # fmt: skip
-    return blocks, sizes[blocks], backbone.channels[levels[blocks]]
+    return blocks, levels[blocks], sizes[blocks]
 
 
 @dataclass(frozen=True)

@@ -29,19 +29,32 @@ def affine_of(where: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(columns, dim=2), origin
 
 
-def map_to_view(points: Tensor, step: Tensor) -> Tensor:
+def first_place(offset: Sequence[float], reduction: Sequence[int], step: Sequence[float]) -> list[float]:
+    """Where the first voxel of a backbone's map lies in a view that was enlarged to the network's input.
+
+    Args:
+        offset, reduction: of the map, in voxels of the input; see `Backbone.offsets`.
+        step: voxels of the view in a voxel of the map.
+    """
+    # enlarging keeps the border of the first voxel, half a voxel before its centre
+    return [(o + 0.5) * s / r - 0.5 for o, r, s in zip(offset, reduction, step, strict=True)]
+
+
+def map_to_view(points: Tensor, step: Tensor, first: Tensor | None = None) -> Tensor:
     """Voxel coordinates of a feature map to those of the view, both counted at voxel centres.
 
     Args:
         points: (..., 3).
         step: voxels of the view in a voxel of the map, (3,).
+        first: place of the first voxel of the map, (3,); see `first_place`. By default amid the voxels that it covers,
+            as in a map of averages.
     """
-    return (points + 0.5) * step - 0.5
+    return points * step + ((step - 1) / 2 if first is None else first)
 
 
-def view_to_map(points: Tensor, step: Tensor) -> Tensor:
+def view_to_map(points: Tensor, step: Tensor, first: Tensor | None = None) -> Tensor:
     """The inverse of `map_to_view`."""
-    return (points + 0.5) / step - 0.5
+    return (points - ((step - 1) / 2 if first is None else first)) / step
 
 
 def into(points: Tensor, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:

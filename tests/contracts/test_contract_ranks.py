@@ -13,6 +13,7 @@ from battery import build, views_of
 from recipes import Case, cases
 from torch import Tensor
 
+from medcl.losses.segmentation import consistency, dice_ce, shares
 from medcl.pretext.base import PretextTask
 
 RANKS = 2
@@ -62,6 +63,27 @@ def staged(rank: int | None) -> list[dict[str, Tensor]]:
     return weights
 
 
+def supervised(rows: slice) -> list[Tensor]:
+    """Losses of segmentation, and their gradients, of some rows of a batch whose rows differ much in what they hold."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(4, 3, 4, 4, 4, generator=generator)
+    noise = torch.rand(2, 4, 1, 4, 4, 4, generator=generator)
+    label = (noise[0] * torch.tensor([1.0, 1.1, 2.0, 3.0]).view(4, 1, 1, 1, 1)).long()
+    weight = (noise[1] < torch.tensor([0.1, 0.5, 0.9, 1.0]).view(4, 1, 1, 1, 1)).float()
+    guess = torch.softmax(torch.randn(4, 3, 4, 4, 4, generator=generator), 1)
+    found = []
+    for loss in (
+        lambda x: dice_ce(x, shares(label[rows], 3)),
+        lambda x: dice_ce(x, shares(label[rows], 3), weight[rows]),
+        lambda x: consistency(x, guess[rows], weight[rows]),
+    ):
+        mixing = torch.eye(3, requires_grad=True)
+        value = loss(torch.einsum("kc,ncxyz->nkxyz", mixing, image[rows]))
+        value.backward()
+        found += [value.detach(), mixing.grad]
+    return found  # type: ignore[return-value]
+
+
 def work(rank: int, folder: str) -> None:
     """One rank: mean loss and mean gradient over ranks of every case, written by rank 0."""
     torch.set_num_threads(1)
@@ -82,6 +104,13 @@ def work(rank: int, folder: str) -> None:
             results["stages"] = staged(rank)
         except Exception:
             results["stages"] = traceback.format_exc()
+        try:
+            means = supervised(slice(rank * PER_RANK, (rank + 1) * PER_RANK))
+            for tensor in means:
+                dist.all_reduce(tensor)
+            results["supervised"] = [tensor / RANKS for tensor in means]
+        except Exception:
+            results["supervised"] = traceback.format_exc()
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     dist.destroy_process_group()
@@ -129,3 +158,15 @@ def test_stages_on_two_ranks_are_those_of_one_with_the_joined_batch(joint_result
     encoder = [n for n in joint[0] if n.removeprefix("backbone.net.") in build(STAGES).backbone.tensor_names("encoder")]
     assert encoder and all(torch.equal(joint[1][name], joint[3][name]) for name in encoder)  # frozen, not decayed
     assert any(not torch.equal(joint[0][name], joint[1][name]) for name in encoder)
+
+
+def test_segmentation_losses_of_two_ranks_are_those_of_one_with_the_joined_batch(joint_results):
+    """The Dice of a class over the batch is no mean of the ranks' own, nor is a mean over trusted voxels."""
+    joint = joint_results["supervised"]
+    assert not isinstance(joint, str), joint
+    alone = supervised(slice(None))
+    halves = [supervised(slice(k, k + PER_RANK)) for k in (0, PER_RANK)]
+    for k, (ours, theirs) in enumerate(zip(joint, alone, strict=True)):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+        apart = (halves[0][k] + halves[1][k]) / 2 - theirs
+        assert float(apart.norm() / theirs.norm()) > 1e-3  # a rank's own loss is another one

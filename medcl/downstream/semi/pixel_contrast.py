@@ -59,6 +59,7 @@ class PixelContrast(SelfTraining):
                 "--semi pixel_contrast",
                 "Add --semi_options.background true.",
             )
+        self.offset = backbone.feature_offset
         self.head = PointwiseHead(backbone.feature_channels, self.options.embedding, 16)
 
     def check(self) -> None:
@@ -75,7 +76,7 @@ class PixelContrast(SelfTraining):
         options = self.options
         depth, height, width = features.shape[2:]
         size = (depth, height, width)
-        label = voxel_classes(rows.target, rows.weight, size)
+        label = voxel_classes(rows.target, rows.weight, size, self.offset)
         keys = uniform(rows.seed, "pixel.anchors", *size).to(label.device)
         drawn = pixel_contrast(
             self.head(features), label, keys, self.classes, options.anchors, options.least, options.temperature
