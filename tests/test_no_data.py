@@ -13,7 +13,7 @@ import torch
 from medcl.config import FinetuneConfig
 from medcl.data.crops import CropDataset
 from medcl.data.store import write_volume
-from medcl.downstream.segmentation import SegmentationModule, of_data
+from medcl.downstream.segmentation import SegmentationModule
 from medcl.downstream.semi.registry import METHODS, build_method
 from medcl.downstream.semi.rows import Rows
 from medcl.evaluation.probe import probe_data
@@ -22,7 +22,7 @@ from medcl.losses.voco import bases_with_data, overlap_labels
 from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.networks.heads import pooled_pyramid, some_voxels
 from medcl.transforms.compose import StrongAugmentation, strong_augmentation
-from medcl.transforms.inside import box_mask, data_box, inside_at, repeat_edge, starts_within
+from medcl.transforms.inside import box_mask, data_box, inside_at, repeat_edge, starts_within, with_data
 from medcl.transforms.margin import margin_for
 from medcl.transforms.spatial import RandomSpatial, cut_margin
 
@@ -239,7 +239,7 @@ def test_slices_of_a_thin_volume_are_taught_once(thin):
     patch = dataset[3]
     assert patch["image"].shape == patch["label"].shape == (1, 20, 20, 12)
     assert patch["extent"].tolist() == [20, 20, 5]
-    image, inside = of_data({k: v[None] for k, v in patch.items()})
+    image, inside = with_data({k: v[None] for k, v in patch.items()})
     slices = inside.flatten(0, 3).any(0)
     assert slices.sum() == 5 and torch.equal(slices.nonzero().flatten() + patch["start"][2], torch.arange(5))
     first = int(slices.nonzero()[0])

@@ -10,11 +10,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from medcl.data import stage
 from medcl.data.io import Volume, to_canonical
-from medcl.data.plan import Plan
+from medcl.data.plan import Plan, derive_plan
 from medcl.data.prepare import correct_bias, prepare, prepare_image
 from medcl.data.resample import resample_labels, resample_linear, resampled_affine
-from medcl.data.stage import load_source
+from medcl.data.stage import load_source, plan_for
 from medcl.data.store import open_volume
 from medcl.errors import MedclError
 
@@ -208,3 +209,41 @@ def test_without_clipping_the_scale_is_the_same_and_a_bright_spot_stays(normalis
     inside = (clipped > clipped.min()) & (clipped < clipped.max())
     np.testing.assert_allclose(whole[inside], clipped[inside], rtol=1e-4, atol=1e-4)
     assert whole.max() > 10 * clipped.max() and inside.mean() > 0.9
+
+
+def test_sizes_are_planned_for_what_cropping_leaves(tmp_path):
+    """Volumes within 24 voxels of air on every side: patches and volumes as without the air."""
+    rng, body = np.random.default_rng(0), (40, 36, 36)
+    for number in range(3):
+        for name, air in (("bare", 0), ("aired", 24)):
+            image = np.pad(rng.uniform(500, 900, body).astype(np.float32), air)
+            (tmp_path / name).mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / name / f"s{number}.nii.gz")
+    plans = {
+        name: plan_for(load_source(str(tmp_path / name)), "", device="cpu", store=str(tmp_path / "store"), workers=1)
+        for name in ("bare", "aired")
+    }
+    assert plans["bare"].volume_size == body
+    extra = [a - b for a, b in zip(plans["aired"].volume_size, body, strict=True)]
+    assert max(extra) <= 4  # the margin that cropping leaves
+    stored, _ = prepare(load_source(str(tmp_path / "aired")), plans["aired"], store=tmp_path / "store", workers=1)
+    assert {open_volume(item.path).shape for item in stored} == {plans["aired"].volume_size}
+    assert plans["aired"].strides == plans["bare"].strides
+    headers = derive_plan(load_source(str(tmp_path / "aired")))
+    assert headers.preparation() == plans["aired"].preparation()
+    assert headers.volume_size == (88, 84, 84)
+
+
+def test_planning_many_volumes_reads_few_of_them(tmp_path, monkeypatch):
+    image = np.random.default_rng(0).uniform(500, 900, (20, 20, 20)).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "a.nii.gz")
+    (case,) = load_source(str(tmp_path)).cases
+    cases = tuple(dataclasses.replace(case, id=f"c{i:05d}", subject=f"c{i:05d}") for i in range(5000))
+    manifest = load_source(str(tmp_path)).with_cases(cases)
+    asked = []
+    monkeypatch.setattr(
+        stage, "prepare_volumes", lambda some, plan, **how: (asked.extend(some.cases), prepare(some, plan, **how))[1]
+    )
+    stage.plan_for(manifest, "", device="cpu", store=str(tmp_path / "store"), workers=1)
+    places = [int(case.id[1:]) for case in asked]
+    assert len(places) == stage.MEASURED and min(places) < 200 and max(places) > 4800

@@ -27,7 +27,7 @@ from medcl.networks.backbones import Backbone
 from medcl.precision import autocast
 from medcl.training import adamw, layer_shares
 from medcl.transforms.compose import Compose
-from medcl.transforms.inside import box_mask, data_box, repeat_edge
+from medcl.transforms.inside import with_data
 
 Batch = dict[str, dict[str, Tensor]]
 
@@ -96,7 +96,7 @@ class SegmentationModule(RetrySmaller):
     @torch.no_grad()
     def labelled_rows(self, batch: dict[str, Tensor]) -> Rows:
         """Labelled patches as the network is to see them; voxels that hold no data have weight 0."""
-        image, inside = of_data(batch)
+        image, inside = with_data(batch)
         # 0 where there is no data, as a label moves to where nothing is
         marks = (self.channel_of[batch["label"].long()] + 1) * inside  # type: ignore[index]
         if self.augmentation is not None:
@@ -114,7 +114,7 @@ class SegmentationModule(RetrySmaller):
         if self.semi and weight is not None:
             assert self.augmentation is not None
             more = batch["unlabelled"]
-            image, inside = of_data(more)
+            image, inside = with_data(more)
             rows = rows.with_unlabelled(
                 self.semi.rows(image, more["seed"], self.augmentation, self.spacing, inside)
             )  # fmt: skip
@@ -149,13 +149,6 @@ class SegmentationModule(RetrySmaller):
             self._given, config.pretrained_lr, config.frozen,
             layer_shares(self.backbone.stages(), self._given, config.layer_decay),
         )  # fmt: skip
-
-
-def of_data(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Reads whose voxels without data repeat the nearest one with data, and which hold data, (N, 1, D, H, W) bool."""
-    image = batch["image"]
-    box = data_box(batch)
-    return repeat_edge(image, box), box_mask(box, image.shape[2:], image.device)
 
 
 def channel_table(label_values: Sequence[int]) -> Tensor:

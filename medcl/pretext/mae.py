@@ -32,7 +32,7 @@ from medcl.networks.masked import MaskedEncoder, ReconstructionHead, token_size
 from medcl.pretext.base import Pairs, PretextTask, Tensors, Triple
 from medcl.pretext.checks import Checks
 from medcl.transforms.compose import ViewIntensity, view_intensity
-from medcl.transforms.inside import box_mask, data_box, repeat_edge
+from medcl.transforms.inside import with_data
 from medcl.transforms.random import uniform
 
 CHOICES = {"loss": ("mse", "l1"), "normalise": ("none", "block"), "intensity": ("none", "weak")}
@@ -97,10 +97,8 @@ class MAE(PretextTask):
 
     def views(self, batch: Tensors) -> Tensors:
         """Crops (B, 1, *size), which voxels lie in the volume (B, 1, *size), hidden blocks (B, K) and others (B, K)."""
-        seeds, box = batch["seed"], data_box(batch)
-        # intensity changes look at the whole crop
-        image = repeat_edge(batch["image"], box)
-        inside = box_mask(box, self.read_size, image.device)
+        seeds = batch["seed"]
+        image, inside = with_data(batch)
         flips = uniform(seeds, "mae.flip", 3).to(image.device) < self.options.flip
         for axis in range(3):
             mirrored = flips[:, axis].view(-1, 1, 1, 1, 1)

@@ -64,6 +64,12 @@ def repeat_edge(image: Tensor, box: Box) -> Tensor:
     return image
 
 
+def with_data(reads: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Images of reads, repeated beyond their data, and which voxels hold data, (N, 1, D, H, W) bool; see `data_box`."""
+    image, box = reads["image"], data_box(reads)
+    return repeat_edge(image, box), box_mask(box, image.shape[2:], image.device)
+
+
 def starts_within(draws: Tensor, box: Box, size: Sequence[int], read: Sequence[int]) -> Tensor:
     """First voxels (N, ..., 3) of crops inside reads that hold as much data as a crop of that size can.
 
