@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # each measures medcl and what a user would run instead turn by turn; --help of each tells more
-BENCHMARKS := crop_reads view_building pretrain_step prediction startup_scale mil_bags
+BENCHMARKS := crop_reads view_building pretrain_step margin_step prediction startup_scale mil_bags
 
 .PHONY: demo test lint bench bench-gpu clean
 
