@@ -1,11 +1,11 @@
 """What pooling and norm make of a volume's embedding: how alike all are, and how well a view finds its other view.
 
     python benchmarks/pooled_embeddings.py Task04_Hippocampus --steps 0 --seeds 0 1 2
-    python benchmarks/pooled_embeddings.py Task04_Hippocampus --steps 60 --pools mean
+    python benchmarks/pooled_embeddings.py Task04_Hippocampus --steps 60 --pools mean "mean, deviation"
 
 For every norm and pooling, at random weights and after a short SimCLR run: the mean cosine of different volumes'
 embeddings; the share of volumes whose second view is nearest to their first, by cosine of the embeddings as they are,
-and of standardised ones, which is what the batch norm of a projection head makes of them.
+of standardised ones, and of what the projection head makes of them.
 """
 
 from __future__ import annotations

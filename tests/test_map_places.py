@@ -100,8 +100,8 @@ def test_an_impulse_is_met_at_corresponding_places_of_a_view_and_its_mirror_imag
             one = centre_of_response(net, image, place, level, given)
             other = centre_of_response(net, image.flip(2, 3, 4), mirrored, level, given)
             told.append(one - (39 - other))
-    assert float(torch.stack(apart).mean(0).abs().max()) < 1.0
-    assert float(torch.stack(before).mean(0).abs().min()) > 6.0  # 7: where a voxel lies amid those it covers
+    assert float(torch.stack(apart).mean(0).abs().max()) < 2.0
+    assert float(torch.stack(before).mean(0).abs().min()) > 5.0  # 7: where a voxel lies amid those it covers
 
 
 def test_an_enlarged_view_is_shown_at_the_place_that_is_told():
