@@ -281,14 +281,21 @@ def test_pooling_counts_a_map_voxel_by_its_share_of_data():
     features = [torch.randn(2, 3, 4, 4, 4), torch.randn(2, 5, 2, 2, 2)]
     inside = torch.zeros(2, 1, 8, 8, 8, dtype=torch.bool)
     inside[:, :, :5, :, 2:] = True
-    pooled = pooled_pyramid(features, inside)
+    pooled = pooled_pyramid(features, inside, "mean_deviation")
+    assert torch.equal(pooled[:, :8], pooled_pyramid(features, inside))
     for row, (feature, side, first) in itertools.product(range(2), ((features[0], 2, 0), (features[1], 4, 3))):
-        total, weight = 0.0, 0.0
-        for i, j, k in itertools.product(range(8), repeat=3):
-            if inside[row, 0, i, j, k]:
-                total, weight = total + feature[row, :, i // side, j // side, k // side], weight + 1
-        torch.testing.assert_close(pooled[row, first : first + feature.shape[1]], total / weight)
-    torch.testing.assert_close(pooled_pyramid(features, torch.ones_like(inside)), pooled_pyramid(features))
+        seen = [
+            feature[row, :, i // side, j // side, k // side]
+            for i, j, k in itertools.product(range(8), repeat=3)
+            if inside[row, 0, i, j, k]
+        ]
+        last = first + feature.shape[1]
+        torch.testing.assert_close(pooled[row, first:last], torch.stack(seen).mean(0))
+        spread = torch.stack(seen).std(0, correction=0)
+        torch.testing.assert_close(pooled[row, 8 + first : 8 + last], spread, atol=1e-5, rtol=1e-5)
+    for pool in ("mean", "mean_deviation"):
+        torch.testing.assert_close(pooled_pyramid(features, torch.ones_like(inside), pool),
+                                   pooled_pyramid(features, None, pool))  # fmt: skip
 
 
 def test_diagnostics_look_at_voxels_with_data():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_runs import Killed, finetuning, kill_at, pretraining
+from small_runs import SMALL, Killed, finetuning, kill_at, pretraining
 
 import medcl
 import medcl.data.stage
@@ -12,6 +12,8 @@ from medcl import ScanConfig
 from medcl.checkpoint import load_weights
 from medcl.errors import MedclError
 from medcl.losses.diagnostics import RankMemory
+from medcl.pretext.global_local import GlobalLocal
+from medcl.pretext.stage import begun_options
 from medcl.run import read_metrics
 
 
@@ -120,3 +122,21 @@ def test_an_interruption_comes_out_as_one_and_leaves_the_signal_alone(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         medcl.pretrain(pretraining(phantoms, tmp_path / "x"))
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_begun_before_options_were_kept_goes_on_with_the_defaults_of_then(tmp_path, phantoms, monkeypatch):
+    """The pooling of volume-level tasks has another default since: its head has another width."""
+    then = {**SMALL, "pool": "mean"}
+    whole = medcl.pretrain(pretraining(phantoms, tmp_path / "whole", options=then, checkpoint_every=2))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 4)
+        medcl.pretrain(pretraining(phantoms, tmp_path / "cut", options=then, checkpoint_every=2))
+    (tmp_path / "cut" / "options.json").unlink()
+    written = tmp_path / "cut" / "config.yaml"
+    written.write_text(written.read_text().replace("  pool: mean\n", ""))
+    cut = medcl.pretrain(pretraining(phantoms, tmp_path / "cut", checkpoint_every=2, resume=True))
+    one, two = (load_weights(run)[1] for run in (whole, cut))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    config = pretraining(phantoms, tmp_path, options={"global_contrast": {"hidden": 8}})
+    nested = begun_options(config, GlobalLocal, tmp_path)
+    assert nested == {"global_contrast": {"pool": "mean", "hidden": 8}}

@@ -210,7 +210,7 @@ def predict_bags(config: MILPredictConfig) -> Path:
     if loaded.encoder != facts["encoder"] and loaded.encoder and facts["encoder"]:
         raise MedclError(
             f"features are of encoder {loaded.encoder}, the classifier was fitted to {facts['encoder']}", config.bags,
-            "Extract them with that encoder.",
+            "Extract them with that encoder, or run `medcl mil fit` on these features.",
         )  # fmt: skip
     out = Path(config.out)
     audit = audit_bags(loaded.bags, loaded.features, classifier_of(config.run, facts))

@@ -17,8 +17,11 @@ def shares_inside(inside: Tensor, size: Sequence[int]) -> Tensor:
     return F.adaptive_avg_pool3d(inside.float(), (depth, height, width))
 
 
-def pooled_pyramid(features: Sequence[Tensor], inside: Tensor | None = None) -> Tensor:
-    """Global average of every map of the pyramid, side by side: (B, sum of channels).
+POOLS = {"mean": 1, "mean_deviation": 2}  # numbers a channel
+
+
+def pooled_pyramid(features: Sequence[Tensor], inside: Tensor | None = None, pool: str = "mean") -> Tensor:
+    """Every map of the pyramid pooled over space, side by side: (B, numbers a channel * sum of channels).
 
     All levels, not only the coarsest: the released VoCo pools the skip encoders as well, and so gradient reaches each
     level directly.
@@ -27,17 +30,31 @@ def pooled_pyramid(features: Sequence[Tensor], inside: Tensor | None = None) -> 
         features: maps (B, C_i, D_i, H_i, W_i).
         inside: which voxels of the network's input hold data, (B, 1, D, H, W): a voxel of a map counts by the share of
             it that does. By default all hold data.
+        pool: `mean`; or `mean_deviation`, all means and then all standard deviations. Instance norm takes most of what
+            differs between volumes out of the mean (`benchmarks/pooled_embeddings.py`).
     """
-    if inside is None:
-        return torch.cat([feature.flatten(2).mean(2) for feature in features], dim=1)
-    return torch.cat([_weighted_mean(feature, shares_inside(inside, feature.shape[2:])) for feature in features], dim=1)
+    weights = [None if inside is None else shares_inside(inside, feature.shape[2:]) for feature in features]
+    means = [_mean(feature, weight) for feature, weight in zip(features, weights, strict=True)]
+    if pool == "mean":
+        return torch.cat(means, dim=1)
+    deviations = [_deviation(*each) for each in zip(features, means, weights, strict=True)]
+    return torch.cat([*means, *deviations], dim=1)
 
 
-def _weighted_mean(feature: Tensor, weight: Tensor) -> Tensor:
+def _mean(feature: Tensor, weight: Tensor | None) -> Tensor:
     """Mean over space of (B, C, ...) under weights (B, 1, ...): (B, C); 0 where all weights are 0."""
+    if weight is None:
+        return feature.flatten(2).mean(2)
     with torch.autocast(feature.device.type, enabled=False):
         rows, column = feature.flatten(2), weight.flatten(2).to(feature.dtype).mT
         return (rows @ column).squeeze(2) / weight.flatten(1).sum(1, keepdim=True).clamp(min=1e-6).to(feature.dtype)
+
+
+def _deviation(feature: Tensor, mean: Tensor, weight: Tensor | None) -> Tensor:
+    """Standard deviation about `mean` (B, C), weighted as in `_mean`; in float32 under any autocast."""
+    with torch.autocast(feature.device.type, enabled=False):
+        centred = feature.float() - mean.float().view(*mean.shape, 1, 1, 1)
+        return (_mean(centred.square(), weight) + 1e-6).sqrt()  # a root has no gradient at 0
 
 
 def some_voxels(feature: Tensor, count: int = 8, inside: Tensor | None = None) -> Tensor:

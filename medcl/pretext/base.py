@@ -73,6 +73,7 @@ class PretextTask(nn.Module, ABC):
         trains: the parts of the backbone whose weights are worth keeping: `encoder`, `decoder`.
         remedies: what to try where the loss stands at a trivial solution, by its name, or where the `rank` falls.
         gathers: whether the objective looks at the joined batch of all ranks. A mean over a rank's own voxels need not.
+        before: defaults of options that were other ones in runs begun before a run kept its options (November 2026).
         needs_volumes: the fewest different volumes it can learn from.
         backbone: the student.
         read_size: voxels of a read.
@@ -83,6 +84,7 @@ class PretextTask(nn.Module, ABC):
     remedies: ClassVar[dict[str, str]] = REMEDIES
     trains: tuple[str, ...] = ("encoder",)
     gathers: ClassVar[bool] = True
+    before: ClassVar[dict[str, Any]] = {}
     needs_volumes: int = 1
     read_size: Triple
 

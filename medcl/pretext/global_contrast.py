@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,7 +19,7 @@ from medcl.errors import MedclError
 from medcl.losses.contrastive import contrast
 from medcl.losses.global_contrast import STRATEGIES, VERSIONS, global_masks
 from medcl.networks.backbones import Backbone
-from medcl.networks.heads import ProjectionHead, pooled_pyramid
+from medcl.networks.heads import POOLS, ProjectionHead, pooled_pyramid
 from medcl.pretext.base import Pairs, PretextTask, Tensors
 from medcl.pretext.checks import Checks
 from medcl.pretext.sizes import enlarged, network_input, view_size
@@ -42,6 +42,7 @@ class GlobalContrastOptions:
         rotate_deg: largest rotation of a view about each axis.
         scale: range of the growth of what a view shows.
         intensity: random intensity changes of a view: none, weak or strong.
+        pool: what of a map the head is given: mean, or mean_deviation.
         hidden, embedding: widths of the projection head.
     """
 
@@ -52,6 +53,7 @@ class GlobalContrastOptions:
     rotate_deg: float = 15.0
     scale: tuple[float, float] = (0.8, 1.25)
     intensity: str = "strong"
+    pool: str = "mean_deviation"
     hidden: int = 512
     embedding: int = 128
 
@@ -60,6 +62,7 @@ class GlobalContrast(PretextTask):
     """Contrast of partitions over volumes."""
 
     Options = GlobalContrastOptions
+    before: ClassVar[dict[str, Any]] = {"pool": "mean"}
 
     def __init__(self, backbone: Backbone, plan: Plan, options: dict[str, Any]):
         super().__init__(backbone, plan, options)
@@ -82,7 +85,8 @@ class GlobalContrast(PretextTask):
             (0.0, 0.0, chosen.rotate_deg) if flat else chosen.rotate_deg, chosen.scale,
         )  # fmt: skip
         self.plain = RandomView(self.size, plan.spacing, plan.modality, None)
-        self.projection_head = ProjectionHead(sum(backbone.channels), chosen.hidden, chosen.embedding, layers=2)
+        width = POOLS[chosen.pool] * sum(backbone.channels)
+        self.projection_head = ProjectionHead(width, chosen.hidden, chosen.embedding, layers=2)
 
     def _read_size(self) -> tuple[int, int, int]:
         x, y, z = (
@@ -109,7 +113,7 @@ class GlobalContrast(PretextTask):
     def embed(self, views: Tensors) -> tuple[Tensors, Tensors]:
         n, versions = views["view"].shape[:2]
         pixels = enlarged(views["view"].flatten(0, 1), self.input_size)
-        features = pooled_pyramid(self.backbone.encode(pixels), views["inside"].flatten(0, 1))
+        features = pooled_pyramid(self.backbone.encode(pixels), views["inside"].flatten(0, 1), self.options.pool)
         z = self.projection_head(features).float()
         marks = {"volume": views["volume"], "partition": views["partition"], "features": features.float()}
         return {"z": z.view(n, versions, -1)}, marks
@@ -165,6 +169,7 @@ def check_options(options: GlobalContrastOptions) -> None:
     checks = Checks(options, "global_contrast")
     checks.one_of("strategy", STRATEGIES)
     checks.one_of("intensity", INTENSITY)
+    checks.one_of("pool", POOLS)
     if options.partitions is None:
         checks.refuse("partitions", "Give three positive numbers.")
     checks.triples("partitions", "size")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class GlobalLocal(PretextTask):
 
     Options = GlobalLocalOptions
     trains = ("encoder", "decoder")
+    before: ClassVar[dict[str, Any]] = {"global_contrast": {"pool": "mean"}}
 
     def __init__(self, backbone: Backbone, plan: Plan, options: dict[str, Any]):
         super().__init__(backbone, plan, options)

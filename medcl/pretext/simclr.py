@@ -7,7 +7,7 @@ Contrastive Learning", ECCV 2022, which leaves the positive out of the denominat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from medcl.data.plan import Plan
 from medcl.losses.contrastive import contrast, cosine
 from medcl.networks.backbones import Backbone
-from medcl.networks.heads import ProjectionHead, pooled_pyramid
+from medcl.networks.heads import POOLS, ProjectionHead, pooled_pyramid
 from medcl.pretext.base import Pairs, PretextTask, Tensors
 from medcl.pretext.checks import Checks
 from medcl.pretext.sizes import enlarged, network_input, view_size
@@ -40,6 +40,7 @@ class SimCLROptions:
         scale: range of the growth of what a view shows.
         flip: probability of mirroring a view along each axis.
         intensity: random intensity changes of a view: none, weak or strong.
+        pool: what of a map the head is given: mean, or mean_deviation.
         hidden, embedding: widths of the projection head.
     """
 
@@ -50,6 +51,7 @@ class SimCLROptions:
     scale: tuple[float, float] = (0.8, 1.25)
     flip: float = 0.0
     intensity: str = "strong"
+    pool: str = "mean_deviation"
     hidden: int = 512
     embedding: int = 128
 
@@ -59,6 +61,7 @@ class SimCLR(PretextTask):
 
     Options = SimCLROptions
     needs_volumes = 2
+    before: ClassVar[dict[str, Any]] = {"pool": "mean"}
 
     def __init__(self, backbone: Backbone, plan: Plan, options: dict[str, Any]):
         super().__init__(backbone, plan, options)
@@ -73,7 +76,8 @@ class SimCLR(PretextTask):
             self.size, plan.spacing, plan.modality, INTENSITY[chosen.intensity], chosen.rotate_deg, chosen.scale,
             (chosen.flip,) * 3,
         )  # fmt: skip
-        self.projection_head = ProjectionHead(sum(backbone.channels), chosen.hidden, chosen.embedding)
+        width = POOLS[chosen.pool] * sum(backbone.channels)
+        self.projection_head = ProjectionHead(width, chosen.hidden, chosen.embedding)
 
     def describe(self) -> str:
         return f"two views of {' x '.join(map(str, self.size))} voxels a volume, {self.options.loss}"
@@ -85,7 +89,8 @@ class SimCLR(PretextTask):
         return {"view": torch.cat(images), "inside": torch.cat(inside), "volume": batch["volume"].repeat(2)}
 
     def embed(self, views: Tensors) -> tuple[Tensors, Tensors]:
-        features = pooled_pyramid(self.backbone.encode(enlarged(views["view"], self.input_size)), views["inside"])
+        maps = self.backbone.encode(enlarged(views["view"], self.input_size))
+        features = pooled_pyramid(maps, views["inside"], self.options.pool)
         n = len(features) // 2
         z = self.projection_head(features).float()
         # a row of both tensors belongs to one read, so that rows of several ranks can be joined
@@ -156,6 +161,7 @@ def check_options(options: SimCLROptions) -> None:
     checks = Checks(options, "simclr")
     checks.one_of("loss", LOSSES)
     checks.one_of("intensity", INTENSITY)
+    checks.one_of("pool", POOLS)
     checks.triples("size")
     checks.between("temperature", 0, above=True)
     checks.between("rotate_deg", 0, 180)

@@ -23,6 +23,7 @@ from medcl.data.splits import Split, begun_split, cases_of, make_split
 from medcl.data.stage import describe, load_source, plan_for, prepare_all, tell_problems
 from medcl.data.store import read_meta
 from medcl.errors import MedclError
+from medcl.files import read_json, write_json
 from medcl.memory import RetrySmaller, keep_memory, make_room, out_of_memory
 from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.networks.parts import check_parts, compile_network
@@ -49,6 +50,7 @@ from medcl.training import (
 )
 
 TIMED_STEPS = 3
+OPTIONS = "options.json"  # of the task, every default filled in
 UNSEEN = 2**40  # a read of this number or above is of no training step
 
 
@@ -180,7 +182,8 @@ def pretrain(config: PretrainConfig) -> Path:
     backbone = build_backbone(spec)
     taken = transfer(*pretrained, backbone, config.init) if pretrained else None
     before = seen_by(config.init) if pretrained else Seen()
-    task = kind(backbone, plan, config.options)
+    options = begun_options(config, kind, begun)
+    task = kind(backbone, plan, options)
     # before anything is written; volumes that turn out to be unreadable are counted out below
     task.check(len(subjects), config.batch_size or 1 << 30)
     if "encoder" not in task.trains and not pretrained:
@@ -196,11 +199,12 @@ def pretrain(config: PretrainConfig) -> Path:
     tell_problems(manifest)
     stored, left = prepare_all(manifest, plan, config.store, cases=cases_of(manifest, subjects))
     if config.batch_size == 0:
-        task, plan, config = fitted(config, kind, spec, plan, pretrained, [item.path for item in stored], accelerator,
-                                    precision)  # fmt: skip
+        task, plan, config = fitted(config, kind, options, spec, plan, pretrained, [item.path for item in stored],
+                                    accelerator, precision)  # fmt: skip
         write_config(run, "pretrain", config)
     if not led:
         plan.save(run / "plan.json")
+        write_json(run / OPTIONS, task.resolved())
         if split:
             split.save(run / "split.json")
         left.save(run / "manifest.json")
@@ -253,6 +257,17 @@ def pretrain(config: PretrainConfig) -> Path:
     return run
 
 
+def begun_options(config: PretrainConfig, kind: type[PretextTask], begun: Path | None) -> dict[str, Any]:
+    """Options of the task; those of a run that goes on with the defaults that it began with."""
+    if begun is None:
+        return config.options
+    if (begun / OPTIONS).exists():
+        return dict(read_json(begun / OPTIONS))
+    nested = {name: {**value, **config.options.get(name, {})} for name, value in kind.before.items()
+              if isinstance(value, dict)}  # fmt: skip
+    return {**kind.before, **config.options, **nested}
+
+
 def check(config: PretrainConfig) -> None:
     """Refuses settings that cannot work, before anything is read."""
     for name in ("steps", "checkpoint_every", "parts"):
@@ -295,8 +310,8 @@ def tell_small_volumes(stored: list[Stored], task: PretextTask) -> None:
 
 
 def fitted(
-    config: PretrainConfig, kind: Any, spec: BackboneSpec, plan: Plan, pretrained: Any, paths: list[Path],
-    accelerator: str, precision: str,
+    config: PretrainConfig, kind: Any, options: dict[str, Any], spec: BackboneSpec, plan: Plan, pretrained: Any,
+    paths: list[Path], accelerator: str, precision: str,
 ) -> tuple[PretextTask, Plan, PretrainConfig]:  # fmt: skip
     """The task, plan and config of the largest batch that fits into memory."""
 
@@ -311,7 +326,7 @@ def fitted(
         if pretrained:
             contract, state = pretrained
             transfer(contract, state, backbone, config.init)
-        task = kind(backbone, plan, config.options)
+        task = kind(backbone, plan, options)
         backbone.parts = config.parts
         return Trial(task, ReadDataset(paths, task.read_size, config.seed, task.places), config)
 

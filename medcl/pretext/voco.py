@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from medcl.errors import MedclError
 from medcl.losses.voco import VARIANTS, above_diagonal, bases_with_data, overlap_labels, voco_loss
 from medcl.networks.backbones import Backbone
 from medcl.networks.ema import MomentumTeacher, cosine_momentum
-from medcl.networks.heads import ProjectionHead, pooled_pyramid
+from medcl.networks.heads import POOLS, ProjectionHead, pooled_pyramid
 from medcl.pretext.base import REMEDIES, Pairs, PretextTask, Tensors, Triple
 from medcl.pretext.checks import Checks
 from medcl.pretext.sizes import enlarged, network_input
@@ -51,6 +51,7 @@ class VoCoOptions:
         momentum: of the teacher at the start; it rises to 1. The paper's form has no teacher.
         regulariser: weight of the term that keeps the base crops of a volume apart.
         feature_dropout: share of pooled channels dropped before the projection.
+        pool: what of a map the head is given: mean, or mean_deviation.
         hidden, embedding: widths of the projection head.
         flip: probability of mirroring a crop along each axis. The label knows places only, so mirroring teaches
             invariance to it; 0 keeps left and right apart.
@@ -66,6 +67,7 @@ class VoCoOptions:
     momentum: float = 0.9
     regulariser: float = 1.0
     feature_dropout: float = 0.2
+    pool: str = "mean_deviation"
     hidden: int = 512
     embedding: int = 256
     flip: float = 0.2
@@ -76,6 +78,7 @@ class VoCo(PretextTask):
     """VoCo in one of its three published forms."""
 
     Options = VoCoOptions
+    before: ClassVar[dict[str, Any]] = {"pool": "mean"}
     remedies = REMEDIES | {
         "constant": "Every crop looks like every base crop: use --options.variant teacher (the paper's single network "
         "is known to stay here), a lower --lr, and --options.crops and grid that leave most pairs apart.",
@@ -93,7 +96,7 @@ class VoCo(PretextTask):
         self.input_size = network_input(self.crop_size, backbone.multiple)
         x, y, z = (n * g for n, g in zip(self.crop_size, self.grid, strict=True))
         self.read_size = (x, y, z)
-        width = sum(backbone.channels)
+        width = POOLS[chosen.pool] * sum(backbone.channels)
         self.projection_head = ProjectionHead(width, chosen.hidden, chosen.embedding, dropout=chosen.feature_dropout)
         self.teacher = None if self.variant.teacher == "none" else MomentumTeacher(self._taught())
         preset = INTENSITY[chosen.intensity]
@@ -152,12 +155,13 @@ class VoCo(PretextTask):
         batch = len(views["crops"])
         pixels = enlarged(torch.cat([views["crops"], views["bases"]], dim=1).flatten(0, 1), self.input_size)
         inside = torch.cat([views["crops_inside"], views["bases_inside"]], dim=1).flatten(0, 1)
-        features = pooled_pyramid(self.backbone.encode(pixels), inside)
+        pool = self.options.pool
+        features = pooled_pyramid(self.backbone.encode(pixels), inside, pool)
         z = {"student": self.projection_head(features)}
         if self.teacher is not None:
             nets: Any = self.teacher.module
             with torch.no_grad():
-                seen = pooled_pyramid(nets["backbone"].encode(pixels), inside) if "backbone" in nets else features
+                seen = pooled_pyramid(nets["backbone"].encode(pixels), inside, pool) if "backbone" in nets else features
                 z["teacher"] = nets["head"](seen)
         z = {name: rows.float().view(batch, -1, rows.shape[-1]) for name, rows in z.items()}
         marks = {"labels": views["labels"], "usable": views["usable"], "volume": views["volume"]}
@@ -195,6 +199,7 @@ def check_options(options: VoCoOptions) -> None:
     checks = Checks(options, "voco")
     checks.one_of("variant", VARIANTS)
     checks.one_of("intensity", INTENSITY)
+    checks.one_of("pool", POOLS)
     checks.counts("crops", "max_bases", "hidden", "embedding")
     checks.between("momentum", 0, 1)
     checks.between("feature_dropout", 0, 0.9)
