@@ -3,9 +3,9 @@
     python benchmarks/few_label_choices.py --out runs/choices [--choices default half ...] [--draws 0 1 2 3]
 
 Every choice is trained from random weights on the same two labelled subjects, with the same schedule. All held-out
-subjects of this set are scored; they serve for choosing alone and stand in no table of results. Of every run the weights
-of several steps and moving averages of them are scored too, so that rules by which weights are kept can be compared: the
-best by k validation subjects (mean over random choices of them), the last, an average.
+subjects of this set are scored; they serve for choosing alone and stand in no table of results. Of every run the
+weights of several steps and moving averages of them are scored too, so that rules by which weights are kept can be
+compared: the best by k validation subjects (mean over random choices of them), the last, an average.
 """
 
 from __future__ import annotations
