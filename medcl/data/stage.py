@@ -112,7 +112,11 @@ def measured(manifest: Manifest, plan: Plan, device: str, store: str = "", worke
         log.warning("None of %d volumes could be prepared to measure them: sizes are those of the headers.", len(some))
         return plan
     shapes = np.array([read_meta(item.path)["shape"] for item in stored])
-    return sized(plan, shapes, device)
+    plan = sized(plan, shapes, device)
+    size, patch = (" x ".join(map(str, n)) for n in (plan.volume_size, plan.patch_size))
+    log.info("Sizes planned from %d of %d volumes, cropped to the foreground: volumes of %s voxels, patches of %s.",
+             len(stored), count, size, patch)  # fmt: skip
+    return plan
 
 
 def prepare_all(

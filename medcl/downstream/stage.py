@@ -143,6 +143,9 @@ def finetune(config: FinetuneConfig) -> Path:
     patch = round_up(plan.patch_size, backbone.multiple)
     augmentation = augmentation_for(config, plan, patch)
     margin = augmentation.margin if augmentation else (0, 0, 0)
+    if any(margin):
+        log.info("Around patches of %s voxels a margin of %s is read, for augmentation to move in.",
+                 *(" x ".join(map(str, n)) for n in (patch, margin)))  # fmt: skip
     dataset = CropDataset([item.path for item in train], patch, seed, True, FOREGROUND, margin)
     given = [p for name, p in backbone.net.named_parameters() if taken and name in taken.names]
     # another seed than the labelled patches have: the same would augment both alike

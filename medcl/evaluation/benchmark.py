@@ -116,7 +116,7 @@ def _plan(config: BenchmarkConfig, accelerator: str) -> str:
     path = Path(config.out) / "plan.json"
     manifest = load_source(_manifest(config))
     if not path.exists():
-        plan_for(manifest, config.plan, device=accelerator).save(path)
+        plan_for(manifest, config.plan, device=accelerator, store=config.store).save(path)
     plan = Plan.load(path)
     if config.plan and replace(Plan.load(config.plan), labels=plan.labels) != plan:
         raise MedclError("differs from the plan of what was already run", config.plan, "Choose another --out.")
