@@ -149,7 +149,7 @@ class StrongAugmentation:
     scale: Range = (0.7, 1.4)
     translate: float = 0.0
     flip: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    p_affine: float = 1.0
+    p_affine: float = 0.5
     elastic_distance: float = 16.0
     elastic_displacement: float = 5.0
     p_elastic: float = 0.5
