@@ -1,6 +1,6 @@
 """Few-label fine-tuning on phantoms made for choosing: how far patches are moved, how much is read, what is kept.
 
-    python benchmarks/few_label_choices.py --out runs/choices [--choices default half ...] [--draws 0 1 2 3]
+    python benchmarks/few_label_choices.py --out runs/choices [--choices always half ...] [--draws 0 1 2 3]
 
 Every choice is trained from random weights on the same two labelled subjects, with the same schedule. All held-out
 subjects of this set are scored; they serve for choosing alone and stand in no table of results. Of every run the
@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 CHOICES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "no margin": {"covered": 0.0},
-    "wide": {"covered": 0.985},
+    "always": {"p_affine": 1.0},
     "half": {"p_affine": 0.5},
-    "mild": {"scale": (0.8, 1.25)},
+    "always mild": {"p_affine": 1.0, "scale": (0.8, 1.25)},
     "half mild": {"p_affine": 0.5, "scale": (0.8, 1.25)},
+    "half wide": {"p_affine": 0.5, "covered": 0.985},
+    "half without margin": {"p_affine": 0.5, "covered": 0.0},
 }
 AVERAGES = (0.98, 0.99, 0.995)
 VALIDATING = (1, 2, 4, 8, 14)  # subjects
@@ -151,7 +151,7 @@ def main() -> None:
         for rule in each[0]:
             values = [100 * one[rule] for one in each]
             told = " ".join(f"{value:.1f}" for value in values)
-            print(f"{choice:<12} {rule:<14} {np.mean(values):5.1f}   {told}", flush=True)
+            print(f"{choice:<20} {rule:<14} {np.mean(values):5.1f}   {told}", flush=True)
 
 
 if __name__ == "__main__":

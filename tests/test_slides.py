@@ -163,8 +163,9 @@ def test_a_folder_of_patches_and_feature_files_are_bags_too(tmp_path):
 def test_volumes_are_bags_of_sub_volumes_with_a_map_on_their_own_grid(tmp_path, phantoms):
     import nibabel as nib
 
+    options = {"hidden": 16, "size": [16, 16, 16]}
     run = medcl.pretrain(
-        PretrainConfig(str(phantoms), str(tmp_path / "pre"), width=4, steps=2, batch_size=2, options={"hidden": 16})
+        PretrainConfig(str(phantoms), str(tmp_path / "pre"), width=4, steps=2, batch_size=2, options=options)
     )
     scans = sorted((phantoms / "imagesTr").glob("*.nii.gz"))[:6]
     rows = [[f"v{n}", path, ("a", "b")[n % 2], f"g{n}"] for n, path in enumerate(scans)]
@@ -272,8 +273,9 @@ def test_an_overlap_that_is_no_whole_part_of_a_cell_is_told():
 def test_a_volume_is_a_bag_of_cells_or_of_slices_too(tmp_path, phantoms):
     import nibabel as nib
 
+    options = {"hidden": 16, "size": [16, 16, 16]}
     run = medcl.pretrain(
-        PretrainConfig(str(phantoms), str(tmp_path / "pre"), width=4, steps=2, batch_size=2, options={"hidden": 16})
+        PretrainConfig(str(phantoms), str(tmp_path / "pre"), width=4, steps=2, batch_size=2, options=options)
     )
     scans = sorted((phantoms / "imagesTr").glob("*.nii.gz"))[:4]
     source = table(tmp_path, *[[f"v{n}", path, ("a", "b")[n % 2], f"g{n}"] for n, path in enumerate(scans)])
@@ -291,7 +293,7 @@ def test_a_volume_is_a_bag_of_cells_or_of_slices_too(tmp_path, phantoms):
         assert heat.shape == scan.shape and np.allclose(heat.affine, scan.affine, atol=1e-4)
         assert (told / "report.html").read_text().count("data:image/png") >= 4
         found[name] = read_features(folder / "features" / "v0.h5")
-    assert len(found["cells"].h) > 50 and found["cells"].encoder.endswith(":cells-4x4x4")
+    assert len(found["cells"].h) > 50 and found["cells"].encoder.endswith(":cells-4x4x4-placed")
     # slices differ in z alone, and of the 2D encoder every one is an instance
     assert np.ptp(found["thick"].coordinates, axis=0)[:2].tolist() == [0, 0] and len(found["thick"].h) > 1
     assert len(found["flat"].h) == min(nib.as_closest_canonical(nib.load(scans[0])).shape[2], len(found["flat"].h))
