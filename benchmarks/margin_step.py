@@ -58,7 +58,7 @@ def step_of(paths: list[Path], patch: int, margin: tuple[int, int, int], batch: 
     from medcl.data.crops import CropDataset
     from medcl.downstream.segmentation import SegmentationModule
     from medcl.networks.backbones import BackboneSpec, build_backbone
-    from medcl.training import adamw
+    from medcl.optimizer import adamw
     from medcl.transforms.compose import strong_augmentation
 
     class Module(Bare, SegmentationModule):  # type: ignore[misc]

@@ -215,7 +215,7 @@ def told(result: Mapping[str, Any]) -> list[str]:
     """What must stand beside the numbers of an evaluation: leakage first, then what was not checked for it."""
     leakage = list(result.get("leakage") or ())
     if "audit" not in result:
-        return [*leakage, "leakage was not checked, or before medcl kept the check with each result: score it anew"]
+        return [*leakage, "no check for leakage stands in this result, which an earlier medcl wrote: score it anew"]
     return [*leakage, *result["audit"]["notes"], *result["audit"]["gaps"]]
 
 

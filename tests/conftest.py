@@ -18,6 +18,17 @@ def own_store(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MEDCL_STORE", str(tmp_path_factory.getbasetemp() / "store"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def same_precision():
+    """`auto` is float32 on every machine, as the tolerances suppose."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
     """Twelve small synthetic subjects in the Decathlon's layout."""

@@ -13,9 +13,9 @@ from medcl.data.plan import Plan
 from medcl.losses.global_contrast import global_masks
 from medcl.losses.voco import VARIANTS, prediction_loss, voco_loss
 from medcl.networks.backbones import BackboneSpec, build_backbone
+from medcl.optimizer import adamw
 from medcl.precision import choose_precision
 from medcl.pretext.registry import task_class
-from medcl.training import adamw
 from medcl.transforms.compose import strong_augmentation
 
 sys.path.insert(0, str(Path(__file__).parent / "contracts"))

@@ -145,7 +145,7 @@ def test_parts_take_less_memory():
 def little_memory(monkeypatch):
     """A network that runs out of memory with more rows than `most` at a time, once `ready`."""
     state = {"most": 10**6, "failed": 0}
-    original = backbones._run
+    original = backbones.run_block
 
     def run(module, *inputs):
         if len(inputs[0]) > state["most"] and torch.is_grad_enabled():
@@ -153,7 +153,7 @@ def little_memory(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return original(module, *inputs)
 
-    monkeypatch.setattr(backbones, "_run", run)
+    monkeypatch.setattr(backbones, "run_block", run)
     return state
 
 

@@ -10,8 +10,8 @@ from medcl import ExportConfig, FinetuneConfig, PredictConfig, PretrainConfig
 from medcl.checkpoint import load_weights
 from medcl.errors import MedclError
 from medcl.networks.backbones import BackboneSpec, build_backbone
+from medcl.optimizer import adamw, warmup_cosine
 from medcl.run import read_metrics
-from medcl.training import adamw, warmup_cosine
 
 GLOBAL = {"hidden": 16, "embedding": 8, "partitions": [1, 1, 2]}
 

@@ -17,8 +17,8 @@ from medcl import ExportConfig
 from medcl.checkpoint import load_weights, transfer
 from medcl.data.plan import Plan
 from medcl.networks.backbones import BackboneSpec, build_backbone
+from medcl.optimizer import adamw
 from medcl.trained import Record, Trained, count, summary
-from medcl.training import adamw
 
 PIX = {"blocks": 1, "hidden": 8, "embedding": 4, "size": [16, 16, 16]}
 PLAN = Plan(spacing=(1.0, 1.0, 1.0), volume_size=(28, 24, 24), patch_size=(16, 16, 16), strides=((2, 2, 2),) * 3)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from medcl.networks.backbones import BackboneSpec, build_backbone
-from medcl.training import adamw, preserved
+from medcl.optimizer import adamw
+from medcl.training import preserved
 
 
 class Little(torch.nn.Module):
@@ -73,7 +74,7 @@ def test_a_run_that_still_decayed_its_tables_can_be_resumed(given, monkeypatch):
 
     def made(module, positions):
         with monkeypatch.context() as patch:
-            patch.setattr("medcl.training.POSITIONS", positions)
+            patch.setattr("medcl.optimizer.POSITIONS", positions)
             known = list(module.first.parameters()) if given else ()
             return adamw(module, 1e-2, 0.1, 10, 0.1, known, 0.5)["optimizer"]
 

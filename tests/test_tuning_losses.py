@@ -16,7 +16,7 @@ from medcl.losses.core_tuning import core_tuning, focal_contrast, hard_pairs
 from medcl.losses.pixel_contrast import draw_voxels, pixel_contrast, voxel_classes
 from medcl.losses.segmentation import shares
 from medcl.networks.backbones import BACKBONES, BackboneSpec, build_backbone
-from medcl.training import adamw, layer_shares, warmup_cosine
+from medcl.optimizer import adamw, layer_shares, warmup_cosine
 
 SIZE = (3, 4, 2)
 

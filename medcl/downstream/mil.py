@@ -20,7 +20,7 @@ from medcl.downstream.objectives import BagContrast, Batch, Plain
 from medcl.errors import MedclError
 from medcl.networks.aggregators import AGGREGATORS
 from medcl.networks.bagged import Aggregator, Bagged
-from medcl.training import decayed, warmup_cosine
+from medcl.optimizer import decayed, warmup_cosine
 
 WARMUP = 0.05
 STATISTICS_FROM = 200_000  # instances that mean and deviation are taken from

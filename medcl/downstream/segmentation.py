@@ -24,8 +24,8 @@ from medcl.downstream.semi.rows import Rows
 from medcl.losses.segmentation import dice_ce, shares
 from medcl.memory import RetrySmaller
 from medcl.networks.backbones import Backbone
+from medcl.optimizer import adamw, layer_shares
 from medcl.precision import autocast
-from medcl.training import adamw, layer_shares
 from medcl.transforms.compose import Compose
 from medcl.transforms.inside import with_data
 

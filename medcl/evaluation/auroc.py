@@ -75,7 +75,8 @@ def auroc_interval(
     """
     repeats = probabilities[:, None] if probabilities.ndim == 2 else probabilities
     which = [1] if repeats.shape[2] == 2 else list(range(repeats.shape[2]))
-    coded = np.array([list(dict.fromkeys(groups)).index(group) for group in groups])
+    number = {group: n for n, group in enumerate(dict.fromkeys(groups))}
+    coded = np.array([number[group] for group in groups])
     n_groups = int(coded.max()) + 1
     if not all(0 < (labels == c).sum() < len(labels) for c in which):
         return Interval(math.nan, math.nan, math.nan, n_groups, level=level)

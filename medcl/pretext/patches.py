@@ -24,13 +24,14 @@ from medcl.errors import MedclError
 from medcl.losses.contrastive import contrast
 from medcl.networks.heads import ProjectionHead
 from medcl.networks.patch_encoders import PatchResNet, save_patch_encoder
+from medcl.optimizer import adamw
 from medcl.precision import choose_precision, keep_precision
 from medcl.pretext.base import REMEDIES, Pairs, PretextTask, Tensors
 from medcl.pretext.simclr import masks
 from medcl.pretext.watch import Watch
 from medcl.run import log, open_run, write_provenance
 from medcl.seen import Seen, SeenVolume, save_seen
-from medcl.training import adamw, choose_accelerator, fit, hours, resume_step, trainer_for
+from medcl.training import choose_accelerator, fit, hours, resume_step, trainer_for
 from medcl.transforms.patches import random_patch_view
 from medcl.transforms.random import mix_seeds
 

@@ -28,6 +28,7 @@ from medcl.memory import RetrySmaller, keep_memory, make_room, out_of_memory
 from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.networks.parts import check_parts, compile_network
 from medcl.networks.sharding import is_sharded, shard, whole
+from medcl.optimizer import adamw
 from medcl.precision import autocast, choose_precision, keep_precision
 from medcl.pretext.base import PretextTask
 from medcl.pretext.fitting import fit_to_memory
@@ -38,16 +39,7 @@ from medcl.run import begun_run, log, open_run, read_config, write_config, write
 from medcl.scale import await_leader, check_scale, local_rank
 from medcl.seen import Seen, save_seen, seen_by, seen_in
 from medcl.trained import Record
-from medcl.training import (
-    adamw,
-    choose_accelerator,
-    fit,
-    hours,
-    peak_memory,
-    preserved,
-    resume_step,
-    trainer_for,
-)
+from medcl.training import choose_accelerator, fit, hours, peak_memory, preserved, resume_step, trainer_for
 
 TIMED_STEPS = 3
 OPTIONS = "options.json"  # of the task, every default filled in
