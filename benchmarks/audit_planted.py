@@ -20,13 +20,14 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import gaussian_filter1d, zoom
 
-from medcl.data.case import Case, Manifest
-from medcl.data.io import read_volume, to_canonical
-from medcl.data.matching import ORIENTATIONS, THRESHOLD, scores
-from medcl.data.scan import scan
-from medcl.data.signature import sign
-from medcl.files import write_rows
-from medcl.seen import SeenVolume
+from medcl.dataset.case import Case, Manifest
+from medcl.dataset.scan import scan
+from medcl.io.geometry import to_canonical
+from medcl.io.volumes import read_volume
+from medcl.leakage.matching import ORIENTATIONS, THRESHOLD, scores
+from medcl.leakage.seen import SeenVolume
+from medcl.runtime.files import write_rows
+from medcl.store.signature import sign
 
 BINS = np.linspace(0.3, 1.0, 36)
 Image = tuple[np.ndarray, np.ndarray]  # voxels and affine

@@ -21,8 +21,8 @@ import numpy as np
 from scipy import stats
 
 from medcl.evaluation.auroc import auroc_interval, auroc_parts, logit_ends, newcombe_ends
-from medcl.evaluation.classification import group_bootstrap, resampled
-from medcl.files import write_rows
+from medcl.mil.classification import group_bootstrap, resampled
+from medcl.runtime.files import write_rows
 
 DRAWS = 500  # of a bootstrap
 Z = float(stats.norm.ppf(0.975))

@@ -26,7 +26,7 @@ def make(folder: Path, volumes: int, side: int) -> tuple[list[str], list[Path]]:
     import nibabel as nib
     from scipy.ndimage import zoom
 
-    from medcl.data.store import write_volume
+    from medcl.store.volumes import write_volume
 
     rng = np.random.default_rng(0)
     files, stored = [], []
@@ -61,7 +61,7 @@ def monai_set(kind: str, files: list[str], crop: int, folder: Path) -> Any:
 
 
 def medcl_set(stored: list[Path], crop: int) -> Any:
-    from medcl.data.crops import ReadDataset
+    from medcl.store.crops import ReadDataset
 
     return ReadDataset(stored, (crop,) * 3, seed=0)
 
@@ -69,7 +69,7 @@ def medcl_set(stored: list[Path], crop: int) -> Any:
 def batch_of(kind: str, dataset: Any, numbers: range, volumes: int) -> Any:
     """A batch as a loader would hand it over: voxels copied together."""
     if kind == MEDCL:
-        from medcl.data.crops import join_reads
+        from medcl.store.crops import join_reads
 
         return join_reads([dataset[number] for number in numbers])["image"]
     from monai.data import list_data_collate

@@ -1,19 +1,23 @@
 """Few-label fine-tuning on phantoms made for choosing: how far patches are moved, how much is read, what is kept.
 
     python benchmarks/few_label_choices.py --out runs/choices [--choices always half ...] [--draws 0 1 2 3]
+    python benchmarks/few_label_choices.py --source SCANS --steps 1200 --val_every 100 ...   # on scans of your own
 
 Every choice is trained from random weights on the same two labelled subjects, with the same schedule. All held-out
 subjects of this set are scored; they serve for choosing alone and stand in no table of results. Of every run the
 weights of several steps and moving averages of them are scored too, so that rules by which weights are kept can be
-compared: the best by k validation subjects (mean over random choices of them), the last, an average.
+compared: the best by k validation subjects (mean over random choices of them), the last, an average. On your own scans
+only validation subjects are scored, by the run itself; its test subjects stay unseen.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +39,8 @@ SEED, SUBJECTS, PATCH = 12, 48, (32, 32, 32)
 
 def prepared(out: Path) -> Path:
     """The phantoms, and the plan with small patches."""
-    from medcl.data.phantom import write_phantoms
-    from medcl.data.stage import load_source, plan_for
+    from medcl.dataset.phantom import write_phantoms
+    from medcl.store.stage import load_source, plan_for
 
     scans = out / "scans"
     if not (out / "plan.json").exists():
@@ -46,21 +50,55 @@ def prepared(out: Path) -> Path:
     return scans
 
 
+@contextlib.contextmanager
+def chosen(choice: str) -> Iterator[None]:
+    """Fine-tuning augments as this choice says."""
+    import medcl.segmentation.stage as stage
+    from medcl.transforms.compose import StrongAugmentation
+    from medcl.transforms.margin import margin_for
+
+    settings = dict(CHOICES[choice])
+    covered = settings.pop("covered", None)
+    kept = stage.StrongAugmentation, stage.margin_for
+    stage.StrongAugmentation = lambda **flips: dataclasses.replace(  # type: ignore[assignment, misc]
+        StrongAugmentation(**flips), **settings
+    )
+    if covered is not None:
+        stage.margin_for = lambda *given: margin_for(*given, covered)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        stage.StrongAugmentation, stage.margin_for = kept  # type: ignore[misc]
+
+
+def validated(source: str, out: Path, choice: str, draw: int, steps: int, val_every: int) -> dict[str, float]:
+    """Mean Dice of the validation subjects of scans of one's own: the best and the last, as the run says."""
+    import medcl
+    from medcl.runtime.run import read_metrics
+
+    folder = out / f"{choice.replace(' ', '-')}-{draw}"
+    if not (folder / "provenance.json").exists():
+        with chosen(choice):
+            medcl.finetune(medcl.FinetuneConfig(
+                source, str(folder), labels="2", draw=draw, steps=steps, val_every=val_every,
+                resume=(folder / "config.yaml").exists(),
+            ))  # fmt: skip
+    rows = [row["val_dice"] for row in read_metrics(folder) if "val_dice" in row]
+    return {"best": max(rows), "last": rows[-1]}
+
+
 def run(out: Path, choice: str, draw: int, steps: int) -> dict[str, dict[str, dict[str, float]]]:
     """Mean Dice of every held-out subject, by weights and part of the split; kept in a file."""
     import medcl
-    import medcl.downstream.segmentation as segmentation
-    import medcl.downstream.stage as stage
-    from medcl.files import read_json, write_json
+    import medcl.segmentation.module as segmentation
+    import medcl.segmentation.stage as stage
     from medcl.networks.ema import MomentumTeacher
-    from medcl.transforms.compose import StrongAugmentation
-    from medcl.transforms.margin import margin_for
+    from medcl.runtime.files import read_json, write_json
 
     name = f"{choice.replace(' ', '-')}-{draw}"
     if (out / f"{name}.json").exists():
         return dict(read_json(out / f"{name}.json"))
-    scans, settings = prepared(out), dict(CHOICES[choice])
-    covered = settings.pop("covered", None)
+    scans = prepared(out)
     watched: dict[str, Any] = {}
 
     class Watched(segmentation.SegmentationModule):
@@ -77,20 +115,16 @@ def run(out: Path, choice: str, draw: int, steps: int) -> dict[str, dict[str, di
             if step % EVERY == 0 and step >= steps // 3:
                 watched["weights"][f"step {step}"] = copy.deepcopy(self.backbone.state_dict())
 
-    kept = stage.SegmentationModule, stage.StrongAugmentation, stage.margin_for
+    kept = stage.SegmentationModule
     stage.SegmentationModule = Watched  # type: ignore[misc]
-    stage.StrongAugmentation = lambda **flips: dataclasses.replace(  # type: ignore[assignment, misc]
-        StrongAugmentation(**flips), **settings
-    )
-    if covered is not None:
-        stage.margin_for = lambda *given: margin_for(*given, covered)  # type: ignore[assignment]
     try:
-        medcl.finetune(medcl.FinetuneConfig(
-            str(scans), str(out / name), labels="2", draw=draw, steps=steps, val_every=steps, test_fraction=0.5,
-            val_fraction=0.3, plan=str(out / "plan.json"), precision="32", store=str(out / "store"),
-        ))  # fmt: skip
+        with chosen(choice):
+            medcl.finetune(medcl.FinetuneConfig(
+                str(scans), str(out / name), labels="2", draw=draw, steps=steps, val_every=steps, test_fraction=0.5,
+                val_fraction=0.3, plan=str(out / "plan.json"), precision="32", store=str(out / "store"),
+            ))  # fmt: skip
     finally:
-        stage.SegmentationModule, stage.StrongAugmentation, stage.margin_for = kept  # type: ignore[misc]
+        stage.SegmentationModule = kept  # type: ignore[misc]
     watched["weights"] |= {f"average {k}": v.module.state_dict() for k, v in watched["averages"].items()}
     found = scored(out / name, scans, out / "store", watched["module"], watched["weights"])
     write_json(out / f"{name}.json", found)
@@ -100,12 +134,12 @@ def run(out: Path, choice: str, draw: int, steps: int) -> dict[str, dict[str, di
 def scored(
     run: Path, scans: Path, store: Path, module: Any, weights: dict[str, Any]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    from medcl.data.plan import Plan
-    from medcl.data.prepare import prepare
-    from medcl.data.splits import Split, cases_of
-    from medcl.data.stage import load_source
-    from medcl.data.store import open_volume
-    from medcl.downstream.segmentation import class_scores, mean_dice
+    from medcl.dataset.splits import Split, cases_of
+    from medcl.segmentation.module import class_scores, mean_dice
+    from medcl.store.plan import Plan
+    from medcl.store.prepare import prepare
+    from medcl.store.stage import load_source
+    from medcl.store.volumes import open_volume
 
     manifest, plan, split = load_source(str(scans)), Plan.load(run), Split.load(run / "split.json")
     found: dict[str, dict[str, dict[str, float]]] = {name: {"val": {}, "test": {}} for name in weights}
@@ -142,12 +176,17 @@ def main() -> None:
     parser.add_argument("--choices", nargs="+", choices=list(CHOICES), default=list(CHOICES))
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--source", default="", help="labelled scans of your own instead of phantoms")
+    parser.add_argument("--val_every", type=int, default=100, help="steps, on scans of your own")
     args = parser.parse_args()
-    from medcl.run import commit
+    from medcl.runtime.run import commit
 
     print(f"commit {commit()}, {args.steps} steps, draws {args.draws}", flush=True)
     for choice in args.choices:
-        each = [rules(run(args.out, choice, draw, args.steps)) for draw in args.draws]
+        if args.source:
+            each = [validated(args.source, args.out, choice, d, args.steps, args.val_every) for d in args.draws]
+        else:
+            each = [rules(run(args.out, choice, draw, args.steps)) for draw in args.draws]
         for rule in each[0]:
             values = [100 * one[rule] for one in each]
             told = " ".join(f"{value:.1f}" for value in values)

@@ -37,7 +37,7 @@ def volumes(folder: Path, side: int, count: int = 4) -> list[Path]:
     """Smooth random volumes with a label, in the store."""
     from scipy.ndimage import zoom
 
-    from medcl.data.store import write_volume
+    from medcl.store.volumes import write_volume
 
     rng, paths = np.random.default_rng(0), []
     for number in range(count):
@@ -55,10 +55,10 @@ def step_of(paths: list[Path], patch: int, margin: tuple[int, int, int], batch: 
     from torch.utils.data import default_collate
 
     from medcl.config import FinetuneConfig
-    from medcl.data.crops import CropDataset
-    from medcl.downstream.segmentation import SegmentationModule
     from medcl.networks.backbones import BackboneSpec, build_backbone
-    from medcl.optimizer import adamw
+    from medcl.runtime.optimizer import adamw
+    from medcl.segmentation.module import SegmentationModule
+    from medcl.store.crops import CropDataset
     from medcl.transforms.compose import strong_augmentation
 
     class Module(Bare, SegmentationModule):  # type: ignore[misc]

@@ -15,9 +15,9 @@ import torch
 from sidebyside import alone, begin, peak_mb, rounds_of, tell
 from torch import nn
 
-from medcl.config_mil import MILFitConfig
-from medcl.data.bags import Features
-from medcl.downstream.mil import train
+from medcl.config.mil import MILFitConfig
+from medcl.mil.bags import Features
+from medcl.mil.training import train
 
 MEDCL, PLAIN, BAGS = "medcl", "plain PyTorch", 4
 

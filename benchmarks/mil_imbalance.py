@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from mil_instances import Bags, digits, planted
 
-from medcl.config_mil import MILFitConfig
-from medcl.downstream.mil import predict, train
-from medcl.evaluation.classification import classification_scores
-from medcl.files import write_rows
+from medcl.config.mil import MILFitConfig
+from medcl.mil.classification import classification_scores
+from medcl.mil.classifier import predict
+from medcl.mil.training import train
+from medcl.runtime.files import write_rows
 
 TRAIN, TEST = 132, 100
 WAYS = {

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from medcl.config_mil import MILFitConfig
-from medcl.data.bags import Features
-from medcl.downstream.mil import predict, train
-from medcl.evaluation.classification import rank_auroc
-from medcl.files import write_rows
+from medcl.config.mil import MILFitConfig
+from medcl.mil.bags import Features
+from medcl.mil.classification import rank_auroc
+from medcl.mil.classifier import predict
+from medcl.mil.training import train
+from medcl.runtime.files import write_rows
 
 TRAIN, TEST = 100, 100
 Bags = tuple[list[Features], list[int], list[np.ndarray]]

@@ -11,9 +11,9 @@ import time
 
 import numpy as np
 
-from medcl.config_mil import MILFitConfig
-from medcl.data.bags import Features
-from medcl.downstream.mil import train
+from medcl.config.mil import MILFitConfig
+from medcl.mil.bags import Features
+from medcl.mil.training import train
 
 
 def main(instances: int, features: int, aggregator: str) -> None:

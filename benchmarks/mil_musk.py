@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from medcl.config_mil import MILFitConfig
-from medcl.downstream.mil_stage import fit
+from medcl.config.mil import MILFitConfig
 from medcl.errors import MedclError
-from medcl.files import read_json, write_rows
-from medcl.networks.aggregators import AGGREGATORS
+from medcl.mil.aggregators import AGGREGATORS
+from medcl.mil.stage import fit
+from medcl.runtime.files import read_json, write_rows
 
 
 def tables() -> Path:

@@ -6,7 +6,7 @@
 Gated attention of 128 on an embedding of 256; equal epochs, batch size and number of threads; AdamW for both. torchmil
 trains by its own `Trainer`, `collate_fn` and padding. Its trainer validates after every epoch, in training mode and
 with gradients: it is given a single bag of one instance for that, so that its time is next to that of training alone.
-Ours is `medcl.downstream.mil.train`, standardisation and all.
+Ours is `medcl.mil.training.train`, standardisation and all.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from medcl.config_mil import MILFitConfig
-from medcl.data.bags import Features
-from medcl.downstream.mil import train
+from medcl.config.mil import MILFitConfig
+from medcl.mil.bags import Features
+from medcl.mil.training import train
 
 SETS = {  # bags, least and most instances, features, epochs
     "musk-like": (92, 2, 40, 166, 20),

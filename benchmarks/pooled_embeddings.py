@@ -18,14 +18,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from medcl.data.crops import ReadDataset, join_reads
-from medcl.data.stage import load_source, plan_for, prepare_all
 from medcl.losses.contrastive import cosine
 from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.networks.heads import ProjectionHead, pooled_pyramid
-from medcl.optimizer import adamw
 from medcl.pretext.simclr import SimCLR
 from medcl.pretext.sizes import enlarged
+from medcl.runtime.optimizer import adamw
+from medcl.store.crops import ReadDataset, join_reads
+from medcl.store.stage import load_source, plan_for, prepare_all
 
 HELD_OUT = 32  # volumes that no step sees
 Pool = Callable[[Sequence[Tensor]], Tensor]

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from sidebyside import begin, rounds_of, tell, verdict
 
-from medcl.downstream.segmentation import class_scores
 from medcl.evaluation.metrics import dice
-from medcl.memory import keep_memory
 from medcl.networks.backbones import BackboneSpec, build_backbone
-from medcl.precision import autocast, choose_precision
+from medcl.runtime.memory import keep_memory
+from medcl.runtime.precision import autocast, choose_precision
+from medcl.segmentation.module import class_scores
 
 MEDCL = "medcl"
 

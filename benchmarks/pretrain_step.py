@@ -23,11 +23,11 @@ from sidebyside import begin, rounds_of, spread, verdict
 from torch import nn
 
 from medcl.config import PretrainConfig
-from medcl.data.crops import ReadDataset, StepBatches, crop_loader, join_reads
-from medcl.data.plan import Plan
 from medcl.networks.backbones import Backbone, BackboneSpec, build_backbone
-from medcl.precision import autocast, choose_precision
 from medcl.pretext.registry import task_class
+from medcl.runtime.precision import autocast, choose_precision
+from medcl.store.crops import ReadDataset, StepBatches, crop_loader, join_reads
+from medcl.store.plan import Plan
 
 STEPS = 10_000_000  # more than will be run
 
@@ -72,7 +72,7 @@ class StandIn(Backbone):
 
 def volumes(folder: Path, count: int, side: int) -> list[Path]:
     """Smooth volumes with noise, in the store."""
-    from medcl.data.store import write_volume
+    from medcl.store.volumes import write_volume
 
     rng, paths = np.random.default_rng(0), []
     for number in range(count):
@@ -115,8 +115,8 @@ def main() -> None:
         ("--parts", {"type": int, "default": 1}),
         ("--device", {"default": "cuda" if torch.cuda.is_available() else "cpu"}),
     )
-    from medcl.memory import keep_memory
     from medcl.networks.parts import compile_network
+    from medcl.runtime.memory import keep_memory
 
     keep_memory()
     device = torch.device(args.device)

@@ -102,7 +102,7 @@ def begin(doc: str | None, *options: tuple[str, dict[str, Any]]) -> argparse.Nam
     args = parser.parse_args()
     import torch
 
-    from medcl.run import commit
+    from medcl.runtime.run import commit
 
     warnings.filterwarnings("ignore")  # of other packages, about what is not installed
 

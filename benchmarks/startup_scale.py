@@ -51,9 +51,9 @@ def scan_many(folder: Path, files: int) -> tuple[float, float]:
 def simulate(folder: Path, count: int) -> Path:
     """A manifest of `count` cases over a few files, all in the store already."""
     from medcl import PrepareConfig, ScanConfig, prepare, scan
-    from medcl.data.phantom import write_phantoms
-    from medcl.data.prepare import ContentKeys, case_key
-    from medcl.data.store import read_meta
+    from medcl.dataset.phantom import write_phantoms
+    from medcl.store.prepare import ContentKeys, case_key
+    from medcl.store.volumes import read_meta
 
     scans = folder / "scans"
     if not scans.exists():

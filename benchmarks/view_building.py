@@ -18,7 +18,7 @@ import torch
 from sidebyside import begin, rounds_of, tell, verdict
 from torch.utils.data import DataLoader, Dataset
 
-from medcl.memory import keep_memory
+from medcl.runtime.memory import keep_memory
 from medcl.transforms import Compose, RandomBlur, RandomGamma, RandomNoise, RandomSpatial
 
 DEGREES, SCALE, NOISE, BLUR, GAMMA = 15.0, 0.2, 0.1, (0.5, 1.0), (0.7, 1.5)

@@ -10,33 +10,35 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from medcl.version import VERSION
+
+__version__ = VERSION
 
 # Waiting threads should sleep: with spinning ones a single busy neighbour makes two-thread torch many times slower. It
 # has to be said before torch is loaded; a value set by the user wins.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _STAGES = {
-    "scan": "medcl.data.stage",
-    "prepare": "medcl.data.stage",
+    "scan": "medcl.store.stage",
+    "prepare": "medcl.store.stage",
     "pretrain": "medcl.pretext.stage",
-    "finetune": "medcl.downstream.stage",
-    "predict": "medcl.downstream.predict",
+    "finetune": "medcl.segmentation.stage",
+    "predict": "medcl.segmentation.predict",
     "evaluate": "medcl.evaluation.stage",
     "compare": "medcl.evaluation.stage",
-    "benchmark": "medcl.evaluation.benchmark",
-    "audit": "medcl.leakage",
+    "benchmark": "medcl.efficiency.stage",
+    "audit": "medcl.leakage.audit",
     "write_report": "medcl.report.stage",
     "export": "medcl.checkpoint",
     "doctor": "medcl.checkup",
 }
 # stages of bags, whose functions have longer names at home
 _BAGS = {
-    "mil_pretrain": "medcl.pretext.patches:pretrain_patches",
-    "mil_prepare": "medcl.downstream.mil_prepare:prepare_bags",
-    "mil_fit": "medcl.downstream.mil_stage:fit",
-    "mil_predict": "medcl.downstream.mil_stage:predict_bags",
-    "mil_evaluate": "medcl.evaluation.bags:evaluate_bags",
+    "mil_pretrain": "medcl.mil.pretrain:pretrain_patches",
+    "mil_prepare": "medcl.mil.prepare:prepare_bags",
+    "mil_fit": "medcl.mil.stage:fit",
+    "mil_predict": "medcl.mil.stage:predict_bags",
+    "mil_evaluate": "medcl.mil.evaluation:evaluate_bags",
 }
 _CONFIGS = (
     *(f"{stage.split('_')[-1].capitalize()}Config" for stage in _STAGES),
@@ -99,21 +101,21 @@ if TYPE_CHECKING:
     from medcl.config import (
         ScanConfig as ScanConfig,
     )
-    from medcl.data.stage import prepare as prepare
-    from medcl.data.stage import scan as scan
-    from medcl.downstream.mil_prepare import prepare_bags as mil_prepare  # noqa: F401
-    from medcl.downstream.mil_stage import fit as mil_fit  # noqa: F401
-    from medcl.downstream.mil_stage import predict_bags as mil_predict  # noqa: F401
-    from medcl.downstream.predict import predict as predict
-    from medcl.downstream.stage import finetune as finetune
-    from medcl.evaluation.bags import evaluate_bags as mil_evaluate  # noqa: F401
-    from medcl.evaluation.benchmark import benchmark as benchmark
+    from medcl.efficiency.stage import benchmark as benchmark
     from medcl.evaluation.stage import compare as compare
     from medcl.evaluation.stage import evaluate as evaluate
-    from medcl.leakage import audit as audit
-    from medcl.pretext.patches import pretrain_patches as mil_pretrain  # noqa: F401
+    from medcl.leakage.audit import audit as audit
+    from medcl.mil.evaluation import evaluate_bags as mil_evaluate  # noqa: F401
+    from medcl.mil.prepare import prepare_bags as mil_prepare  # noqa: F401
+    from medcl.mil.pretrain import pretrain_patches as mil_pretrain  # noqa: F401
+    from medcl.mil.stage import fit as mil_fit  # noqa: F401
+    from medcl.mil.stage import predict_bags as mil_predict  # noqa: F401
     from medcl.pretext.stage import pretrain as pretrain
     from medcl.report.stage import write_report as write_report
+    from medcl.segmentation.predict import predict as predict
+    from medcl.segmentation.stage import finetune as finetune
+    from medcl.store.stage import prepare as prepare
+    from medcl.store.stage import scan as scan
 
 
 def __getattr__(name: str) -> Any:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from medcl.config import ExportConfig
-from medcl.data.plan import Plan, round_up
 from medcl.errors import MedclError
-from medcl.files import atomic_path, file_sha256, read_json, sha256, write_json
 from medcl.networks.backbones import Backbone, BackboneSpec, build_backbone
-from medcl.run import log
-from medcl.trained import Trained, count, summary
+from medcl.runtime.files import atomic_path, file_sha256, read_json, sha256, write_json
+from medcl.runtime.run import log
+from medcl.runtime.trained import Trained, count, summary
+from medcl.store.plan import Plan, round_up
 
 CONTRACT_VERSION = 2
 BY_PART = 1  # contracts of this version say which parts were trained, not which tensors
@@ -40,7 +40,7 @@ class Contract:
         subjects: whose volumes those are.
         step: optimiser step of these weights.
         tensors: state-dict names of the tensors that were trained, in this run or in those that it started from; see
-            `medcl.trained.Record`. None in contracts made before medcl recorded them, which know parts only.
+            `medcl.runtime.trained.Record`. None in contracts made before medcl recorded them, which know parts only.
         doubtful: those of them that only such an older contract speaks for.
     """
 

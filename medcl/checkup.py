@@ -104,7 +104,7 @@ def store_speed(store: str) -> dict[str, Any]:
     """
     import numpy as np
 
-    from medcl.data.store import StoredVolume, store_folder, write_volume
+    from medcl.store.volumes import StoredVolume, store_folder, write_volume
 
     root = store_folder(store)
     rng = np.random.default_rng(0)
@@ -132,10 +132,10 @@ def step_speed() -> dict[str, Any]:
     """Seconds of a training step of the default network, in the precision that training would take."""
     import torch
 
-    from medcl.memory import keep_memory
     from medcl.networks.backbones import BackboneSpec, build_backbone
-    from medcl.precision import autocast, choose_precision
-    from medcl.training import choose_accelerator
+    from medcl.runtime.memory import keep_memory
+    from medcl.runtime.precision import autocast, choose_precision
+    from medcl.runtime.training import choose_accelerator
 
     keep_memory()
     accelerator = choose_accelerator("auto")

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from medcl.errors import MedclError
-from medcl.scale import follows
+from medcl.runtime.scale import is_follower
 
 Command = Callable[[Any], "int | None"]
 OVERLAP = 3  # exit status of an audit that found one
 
 
 def _scan(config: Any) -> None:
-    from medcl.data.scan import print_summary, summary_dict
-    from medcl.data.stage import scan
+    from medcl.dataset.scan import print_summary, summary_dict
+    from medcl.store.stage import scan
 
     manifest = scan(config)
     if config.json:
@@ -30,7 +30,7 @@ def _scan(config: Any) -> None:
 
 
 def _prepare(config: Any) -> None:
-    from medcl.data.stage import prepare
+    from medcl.store.stage import prepare
 
     prepare(config)
 
@@ -39,18 +39,18 @@ def _pretrain(config: Any) -> None:
     from medcl.pretext.stage import pretrain
 
     run = pretrain(config)
-    if follows(config):
+    if is_follower(config):
         return  # the first process tells
     _report(run)
     print(f"Next: medcl finetune LABELLED --init {run} --labels 2 --out runs/NAME")
 
 
 def _finetune(config: Any) -> None:
-    from medcl.data.splits import Split
-    from medcl.downstream.stage import finetune
+    from medcl.dataset.splits import Split
+    from medcl.segmentation.stage import finetune
 
     run = finetune(config)
-    if follows(config):
+    if is_follower(config):
         return
     _report(run)
     tested = f"medcl evaluate {run}, or " if Split.load(run / "split.json").test else ""
@@ -58,7 +58,7 @@ def _finetune(config: Any) -> None:
 
 
 def _predict(config: Any) -> None:
-    from medcl.downstream.predict import predict
+    from medcl.segmentation.predict import predict
 
     predict(config)
 
@@ -86,8 +86,8 @@ def _compare(config: Any) -> None:
 
 
 def _benchmark(config: Any) -> None:
-    from medcl.evaluation.benchmark import benchmark
-    from medcl.evaluation.efficiency import print_benchmark
+    from medcl.efficiency.stage import benchmark
+    from medcl.efficiency.table import print_benchmark
     from medcl.report.benchmark import write_benchmark_report
 
     result = benchmark(config)
@@ -96,7 +96,7 @@ def _benchmark(config: Any) -> None:
 
 
 def _audit(config: Any) -> int:
-    from medcl.leakage import audit, print_audit
+    from medcl.leakage.audit import audit, print_audit
 
     result = audit(config)
     print_audit(result)
@@ -120,7 +120,7 @@ def _doctor(config: Any) -> None:
 
 
 def _mil_pretrain(config: Any) -> None:
-    from medcl.pretext.patches import pretrain_patches
+    from medcl.mil.pretrain import pretrain_patches
 
     run = pretrain_patches(config)
     _report(run)
@@ -128,15 +128,15 @@ def _mil_pretrain(config: Any) -> None:
 
 
 def _mil_prepare(config: Any) -> None:
-    from medcl.downstream.mil_prepare import prepare_bags
+    from medcl.mil.prepare import prepare_bags
 
     print(f"Next: medcl mil fit {prepare_bags(config)} --out runs/NAME")
 
 
 def _mil_fit(config: Any) -> None:
-    from medcl.downstream.mil_stage import fit
-    from medcl.evaluation.bags import print_scores
-    from medcl.files import read_json
+    from medcl.mil.evaluation import print_scores
+    from medcl.mil.stage import fit
+    from medcl.runtime.files import read_json
 
     run = fit(config)
     print_scores(read_json(run / "metrics.json"))
@@ -145,7 +145,7 @@ def _mil_fit(config: Any) -> None:
 
 
 def _mil_predict(config: Any) -> None:
-    from medcl.downstream.mil_stage import predict_bags
+    from medcl.mil.stage import predict_bags
     from medcl.report.attention import draw_attention
     from medcl.report.bags import write_told_report
 
@@ -153,7 +153,7 @@ def _mil_predict(config: Any) -> None:
 
 
 def _mil_evaluate(config: Any) -> None:
-    from medcl.evaluation.bags import evaluate_bags, print_scores
+    from medcl.mil.evaluation import evaluate_bags, print_scores
 
     print_scores(evaluate_bags(config))
 
@@ -232,9 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if args[0] == "--version":
-        from medcl import __version__
+        from medcl.version import VERSION
 
-        print(__version__)
+        print(VERSION)
         return 0
     try:
         words = 2 if args[0] == "mil" else 1
@@ -261,7 +261,7 @@ def one_line(error: Exception) -> str:
     if isinstance(error, MedclError):
         return str(error)
     if isinstance(error, OSError) and error.filename:
-        from medcl.files import disk_error
+        from medcl.runtime.files import disk_error
 
         return str(disk_error(error, error.filename))
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
@@ -276,11 +276,11 @@ def _run(name: str, args: list[str]) -> int:
 
         raise MedclError(f"unknown command {name!r}", remedy=nearest(name, COMMANDS))
     _, positional, config_name, function = COMMANDS[name]
-    from medcl.parsing import parse
+    from medcl.config.parsing import parse
 
     config = parse(name, positional, config_name, args)
     if config is not None:
-        from medcl.run import setup_log
+        from medcl.runtime.run import setup_log
 
         setup_log()
         return function(config) or 0

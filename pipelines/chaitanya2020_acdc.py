@@ -17,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import medcl
-from medcl.data.case import Manifest
-from medcl.data.plan import derive_plan
-from medcl.data.splits import ranked
+from medcl.dataset.case import Manifest
+from medcl.dataset.splits import ranked
 from medcl.errors import tell_errors
+from medcl.store.plan import derive_plan
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "benchmark_acdc.yaml"
 TEST = {f"patient{decade:02d}{unit}" for decade, units in
@@ -39,10 +39,10 @@ def protocol(manifest: Manifest) -> Manifest:
 
 
 def main(scans: str, out: Path, spacing: float, side: int, recipe: Path, on: str) -> None:
-    from medcl.data.stage import load_source, plan_for
-    from medcl.evaluation.efficiency import print_benchmark
-    from medcl.parsing import parse
+    from medcl.config.parsing import parse
+    from medcl.efficiency.table import print_benchmark
     from medcl.report.benchmark import write_benchmark_report
+    from medcl.store.stage import load_source, plan_for
 
     manifest = protocol(load_source(scans))
     manifest.save(out / "protocol.json")

@@ -35,7 +35,7 @@ def one_run(config: FinetuneConfig) -> str:
 
 
 def main(out: Path) -> None:
-    from medcl.data.phantom import write_phantoms
+    from medcl.dataset.phantom import write_phantoms
     from medcl.evaluation.compare import print_comparison
     from medcl.report.html import write_comparison_report
 

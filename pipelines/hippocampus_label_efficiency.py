@@ -19,8 +19,8 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "benchmark_hippocampu
 
 
 def main(scans: str, out: str, recipe: Path, on: str) -> None:
-    from medcl.evaluation.efficiency import print_benchmark
-    from medcl.parsing import parse
+    from medcl.config.parsing import parse
+    from medcl.efficiency.table import print_benchmark
     from medcl.report.benchmark import write_benchmark_report
 
     flags = [str(recipe), scans, f"--out={out}", f"--subjects={on}"]

@@ -17,15 +17,15 @@ import numpy as np
 
 import medcl
 from medcl import PretrainConfig
-from medcl.config_mil import MILEvaluateConfig, MILFitConfig, MILPredictConfig, MILPrepareConfig
-from medcl.data.bags import read_bags
-from medcl.data.phantom import write_phantoms
-from medcl.downstream.mil_prepare import prepare_bags
-from medcl.downstream.mil_stage import fit, predict_bags
+from medcl.config.mil import MILEvaluateConfig, MILFitConfig, MILPredictConfig, MILPrepareConfig
+from medcl.dataset.phantom import write_phantoms
 from medcl.errors import tell_errors
-from medcl.evaluation.bags import evaluate_bags, print_scores
-from medcl.files import write_rows
+from medcl.mil.bags import read_bags
+from medcl.mil.evaluation import evaluate_bags, print_scores
+from medcl.mil.prepare import prepare_bags
+from medcl.mil.stage import fit, predict_bags
 from medcl.report.attention import draw_attention
+from medcl.runtime.files import write_rows
 
 SCANS = {"train": (80, 0), "test": (40, 2)}  # how many, seed
 CELL = 4  # voxels

@@ -15,17 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
-from medcl.config_mil import MILFitConfig, MILPrepareConfig, MILPretrainConfig
-from medcl.data.bag_set import load
-from medcl.data.bags import Bag, classes_of, read_bags
-from medcl.downstream.mil import predict, train
-from medcl.downstream.mil_audit import BagAudit, audit_bags
-from medcl.downstream.mil_prepare import prepare_bags
-from medcl.downstream.mil_stage import divide
+from medcl.config.mil import MILFitConfig, MILPrepareConfig, MILPretrainConfig
 from medcl.errors import tell_errors
-from medcl.evaluation.bags import print_scores, score
-from medcl.files import write_json, write_rows
-from medcl.pretext.patches import pretrain_patches
+from medcl.mil.audit import BagAudit, audit_bags
+from medcl.mil.bag_set import load
+from medcl.mil.bags import Bag, classes_of, read_bags
+from medcl.mil.classifier import predict
+from medcl.mil.evaluation import print_scores, score
+from medcl.mil.prepare import prepare_bags
+from medcl.mil.pretrain import pretrain_patches
+from medcl.mil.stage import divide
+from medcl.mil.training import train
+from medcl.runtime.files import write_json, write_rows
 
 FOLDS, REPEATS = 5, 3  # repeats: classifiers of other seeds
 TILE = {"tile": 96, "mpp": 0.0, "tissue": 0.25}

@@ -39,7 +39,7 @@ def options_of(task: str) -> dict[str, Any]:
 
 def row_of(task: str, run: Path, seconds: float, memory: float) -> str:
     """A line of the table from a run's `metrics.csv`."""
-    from medcl.run import read_metrics
+    from medcl.runtime.run import read_metrics
 
     rows = read_metrics(run)
     last = rows[-max(1, len(rows) // 3) :]

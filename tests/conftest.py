@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medcl.data.case import Case, Manifest
+from medcl.dataset.case import Case, Manifest
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
@@ -32,7 +32,7 @@ def same_precision():
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
     """Twelve small synthetic subjects in the Decathlon's layout."""
-    from medcl.data.phantom import write_phantoms
+    from medcl.dataset.phantom import write_phantoms
 
     return write_phantoms(tmp_path_factory.mktemp("phantoms"), 12, shape=(28, 24, 24))
 

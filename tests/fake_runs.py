@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from medcl.data.case import Case, Manifest, Problem
-from medcl.data.io import write_nifti
+from medcl.dataset.case import Case, Manifest, Problem
 from medcl.evaluation.evaluate import score_folder
+from medcl.io.nifti import write_nifti
 
 SHAPE, SPACING = (14, 16, 8), (1.0, 1.0, 3.0)
 AFFINE = np.diag([*SPACING, 1.0])

@@ -23,7 +23,7 @@ class Killed(Exception):
 
 def kill_at(monkeypatch, step: int):
     """Makes training die in the middle of a step, as a kill would."""
-    from medcl.training import SeedEveryStep
+    from medcl.runtime.training import SeedEveryStep
 
     original = SeedEveryStep.on_train_batch_start
 

@@ -12,8 +12,8 @@ import pytest
 
 from medcl import cli
 from medcl.config import FinetuneConfig
+from medcl.config.parsing import parse
 from medcl.errors import MedclError
-from medcl.parsing import parse
 
 
 def run(*args: str, **more) -> subprocess.CompletedProcess:

@@ -16,16 +16,15 @@ import medcl
 from medcl import BenchmarkConfig, ExportConfig, FinetuneConfig, PredictConfig, PretrainConfig
 from medcl.checkpoint import load_weights
 from medcl.config import from_mapping
-from medcl.config_mil import MILFitConfig, MILPretrainConfig
-from medcl.data.plan import Plan
-from medcl.downstream.mil_stage import check as check_fit
-from medcl.evaluation.grid import make_grid
+from medcl.config.mil import MILFitConfig, MILPretrainConfig
+from medcl.efficiency.grid import make_grid
+from medcl.mil.pretrain import check as check_pretrain
+from medcl.mil.stage import check as check_fit
 from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.pretext import registry
-from medcl.pretext.patches import check as check_pretrain
+from medcl.store.plan import Plan
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "contracts"))
 
 import battery  # noqa: E402
 from recipes import Case  # noqa: E402

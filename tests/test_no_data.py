@@ -12,12 +12,6 @@ import pytest
 import torch
 
 from medcl.config import FinetuneConfig
-from medcl.data.crops import CropDataset
-from medcl.data.plan import Plan
-from medcl.data.store import write_volume
-from medcl.downstream.segmentation import SegmentationModule
-from medcl.downstream.semi.registry import METHODS, build_method
-from medcl.downstream.semi.rows import Rows
 from medcl.evaluation.probe import probe_data
 from medcl.losses.dense import propagate
 from medcl.losses.segmentation import dice_ce
@@ -25,6 +19,12 @@ from medcl.losses.voco import bases_with_data, overlap_labels
 from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.networks.heads import pooled_pyramid, shares_inside, some_voxels
 from medcl.pretext.registry import task_class
+from medcl.segmentation.module import SegmentationModule
+from medcl.segmentation.semi.registry import METHODS, build_method
+from medcl.segmentation.semi.rows import Rows
+from medcl.store.crops import CropDataset
+from medcl.store.plan import Plan
+from medcl.store.volumes import write_volume
 from medcl.transforms.compose import Compose, StrongAugmentation, strong_augmentation
 from medcl.transforms.inside import box_mask, data_box, inside_at, repeat_edge, starts_within, with_data
 from medcl.transforms.margin import margin_for

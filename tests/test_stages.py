@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from small_runs import SMALL, Killed, finetuning, pretraining
 
 import medcl
-import medcl.data.stage
+import medcl.store.stage
 from medcl import ExportConfig, PrepareConfig
 from medcl.checkpoint import load_weights, rebuild
-from medcl.data.signature import subject_hash
-from medcl.data.splits import make_split
-from medcl.data.stage import load_source
+from medcl.dataset.splits import make_split
 from medcl.errors import MedclError
-from medcl.run import read_metrics, setup_log
+from medcl.runtime.run import read_metrics, setup_log
+from medcl.store.signature import subject_hash
+from medcl.store.stage import load_source
 
 
 def test_equal_voxels_under_two_names_are_told_whatever_the_compression(tmp_path, phantoms, capsys):
@@ -37,7 +37,7 @@ def test_equal_voxels_under_two_names_are_told_whatever_the_compression(tmp_path
 
 
 def test_the_config_of_a_run_can_be_given_again(runs, tmp_path, phantoms):
-    from medcl.parsing import parse
+    from medcl.config.parsing import parse
 
     path = str(runs / "pre" / "config.yaml")
     again = parse("pretrain", ["source"], "PretrainConfig", [f"--config={path}", f"--out={tmp_path}"])
@@ -64,7 +64,7 @@ def test_pretraining_holds_out_what_finetuning_tests_on(runs):
 
 
 def test_every_pretrained_tensor_is_taken_over(runs, phantoms, monkeypatch):
-    from medcl.downstream import stage
+    from medcl.segmentation import stage
 
     seen = {}
     original = stage.transfer
@@ -110,8 +110,8 @@ def test_exported_weights_load_strictly_into_plain_monai(tmp_path, backbone, wid
     import monai.networks.nets as nets
 
     from medcl.checkpoint import Contract, save_weights
-    from medcl.data.plan import Plan
     from medcl.networks.backbones import BackboneSpec, build_backbone
+    from medcl.store.plan import Plan
 
     spec = BackboneSpec(backbone, width=width, out_channels=3)
     original = build_backbone(spec)
@@ -130,7 +130,7 @@ def test_exported_weights_load_strictly_into_plain_monai(tmp_path, backbone, wid
 
 
 def test_a_folder_with_two_labelled_subjects_trains_on_both(tmp_path, phantoms):
-    manifest = medcl.data.stage.load_source(str(phantoms))
+    manifest = medcl.store.stage.load_source(str(phantoms))
     few = [dataclasses.replace(c, label=c.label if i < 2 else None) for i, c in enumerate(manifest.cases)]
     manifest.with_cases(tuple(few)).save(tmp_path / "few.json")
     run = medcl.finetune(finetuning(tmp_path / "few.json", tmp_path / "run", width=4))
@@ -186,8 +186,8 @@ def test_a_drawn_subject_whose_volume_is_bad_is_an_error(phantoms, tmp_path, run
 def test_weights_of_another_state_are_cleared_only_once_the_new_contract_stands(tmp_path, monkeypatch):
     from medcl import checkpoint
     from medcl.checkpoint import Contract, save_weights
-    from medcl.data.plan import Plan
     from medcl.networks.backbones import BackboneSpec, build_backbone
+    from medcl.store.plan import Plan
 
     spec = BackboneSpec(width=4)
     first = build_backbone(spec)
@@ -207,7 +207,7 @@ def test_weights_of_another_state_are_cleared_only_once_the_new_contract_stands(
 
 
 def test_ct_is_recognised_by_its_air_whether_or_not_voxels_were_scanned(tmp_path):
-    from medcl.data.stage import load_source
+    from medcl.store.stage import load_source
 
     rng = np.random.default_rng(0)
     for i in range(3):

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medcl.data.io import read_volume
 from medcl.errors import MedclError
+from medcl.io.volumes import read_volume
 
 
 def rng_array(shape: tuple[int, ...] = (5, 6, 7), seed: int = 0) -> np.ndarray:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from medcl.checkpoint import weights_hash
-from medcl.data.case import Case, Manifest
-from medcl.data.io import read_maker
+from medcl.dataset.case import Case, Manifest
 from medcl.evaluation.evaluate import prediction_files
 from medcl.evaluation.statistics import counted
-from medcl.leakage import checked, compared, refuse, stamp
-from medcl.run import log, read_config
-from medcl.seen import SELECTION, seen_by, seen_in
+from medcl.io.nifti import read_maker
+from medcl.leakage.audit import checked, compared, refuse, stamp
+from medcl.leakage.seen import SELECTION, seen_by, seen_in
+from medcl.runtime.run import log, read_config
 
 
 def check_run(run: Path, manifest: Manifest, cases: Sequence[Case], subjects: str, allowed: bool) -> dict[str, Any]:

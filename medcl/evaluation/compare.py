@@ -25,7 +25,7 @@ from medcl.evaluation.evaluate import Row
 from medcl.evaluation.metrics import MEASURES
 from medcl.evaluation.pairing import Arm, load_arm, pair_runs, paired_means
 from medcl.evaluation.statistics import Interval, PairedDifference, bootstrap_mean, holm, paired_difference
-from medcl.files import write_json, write_text
+from medcl.runtime.files import write_json, write_text
 
 COMPARISON_VERSION = 1
 PRIMARY = "dice"

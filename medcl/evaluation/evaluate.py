@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medcl.data.case import Case, Manifest
-from medcl.data.checks import check_grid, check_label_values
-from medcl.data.io import Volume, read_volume, to_canonical, volume_suffix
+from medcl.dataset.case import Case, Manifest
+from medcl.dataset.checks import check_grid, check_label_values
 from medcl.errors import MedclError
 from medcl.evaluation import statistics
 from medcl.evaluation.absence import COUNTS, INSTEAD, absences, check_absent, how_absent, other_rule, settled
 from medcl.evaluation.metrics import MEASURES, OUTCOMES, segmentation_scores
 from medcl.evaluation.statistics import Interval, bootstrap_mean, counted
-from medcl.files import read_json, write_json, write_text
-from medcl.leakage import checked, told
-from medcl.run import log
+from medcl.io.formats import volume_suffix
+from medcl.io.geometry import Volume, to_canonical
+from medcl.io.volumes import read_volume
+from medcl.leakage.audit import checked, told
+from medcl.runtime.files import read_json, write_json, write_text
+from medcl.runtime.run import log
 
 EVALUATION_VERSION = 1
 UNKNOWN = "nothing is known of what made these predictions: whether it has seen them was not checked"

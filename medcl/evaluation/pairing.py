@@ -12,9 +12,9 @@ from medcl.errors import MedclError
 from medcl.evaluation.absence import row_key, settled
 from medcl.evaluation.evaluate import Row, mean_over_classes, read_scores
 from medcl.evaluation.metrics import MEASURES
-from medcl.files import read_json
-from medcl.leakage import told
-from medcl.run import read_config
+from medcl.leakage.audit import told
+from medcl.runtime.files import read_json
+from medcl.runtime.run import read_config
 
 
 @dataclass(frozen=True)

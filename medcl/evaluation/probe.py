@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medcl.data.crops import CropDataset
-from medcl.data.store import open_volume
 from medcl.networks.backbones import Backbone
 from medcl.networks.heads import pooled_pyramid
+from medcl.store.crops import CropDataset
+from medcl.store.volumes import open_volume
 from medcl.transforms.correspondence import sample_at, view_to_map
 from medcl.transforms.inside import box_mask, data_box
 

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from medcl.config import CompareConfig, EvaluateConfig
-from medcl.data.case import Manifest
-from medcl.data.splits import Split, cases_of
-from medcl.data.stage import load_source
+from medcl.dataset.case import Manifest
+from medcl.dataset.splits import Split, cases_of
 from medcl.errors import MedclError
 from medcl.evaluation.checked import check_folder, check_run
 from medcl.evaluation.compare import compare as compare_runs
 from medcl.evaluation.evaluate import score_folder
-from medcl.run import log, read_config, setup_log
+from medcl.runtime.run import log, read_config, setup_log
+from medcl.store.stage import load_source
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _evaluate_run(run: Path, config: EvaluateConfig) -> dict[str, Any]:
-    from medcl.downstream.predict import Predictor, predict_cases
+    from medcl.segmentation.predict import Predictor, predict_cases
 
     trained = read_config(run)
     if trained.get("stage") != "finetune":

@@ -20,7 +20,7 @@ Triple = tuple[int, int, int]
 Place = tuple[float, float, float]
 MAX_CHANNELS = 320  # nnU-Net's cap for 3D networks
 # share of a decoder map's sensitivity that reaches it from below, not by the skip; measured at random weights of
-# `dynunet`: 0.55 to 0.75 of the squared gradient, by strides and level (tests/test_map_places.py)
+# `dynunet`: 0.55 to 0.75 of the squared gradient, by strides and level (tests/networks/test_map_places.py)
 FROM_BELOW = 2 / 3
 
 

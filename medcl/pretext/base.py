@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from medcl.config import from_mapping
-from medcl.data.crops import Anywhere, Places
-from medcl.data.plan import Plan
 from medcl.errors import MedclError
 from medcl.losses.coding_rate import unused_rate
 from medcl.networks.backbones import Backbone
 from medcl.networks.ranks import gather_rows, world_size
+from medcl.store.crops import Anywhere, Places
+from medcl.store.plan import Plan
 
 Triple = tuple[int, int, int]
 Tensors = dict[str, Tensor]
@@ -101,7 +101,7 @@ class PretextTask(nn.Module, ABC):
 
         Args:
             batch: `image` (N, 1, *read_size), `seed` (N,) on the CPU, `volume` and `place` (N,), `start` and `extent`
-                (N, 3) as `medcl.data.crops.ReadDataset` gives them. A pure function of these.
+                (N, 3) as `medcl.store.crops.ReadDataset` gives them. A pure function of these.
         """
 
     @abstractmethod

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from medcl.data.plan import Plan
 from medcl.errors import MedclError
-from medcl.memory import MARGIN, MOST, fitting_batch, free_cache, free_memory, out_of_memory, peak_of
 from medcl.networks.parts import MOST_PARTS
-from medcl.run import log
+from medcl.runtime.memory import MARGIN, MOST, fitting_batch, free_cache, free_memory, out_of_memory, peak_of
+from medcl.runtime.run import log
+from medcl.store.plan import Plan
 
 SHRINK = 0.8  # of every axis of the patch, where nothing else makes a step fit
 

@@ -13,8 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from medcl.data.crops import Partitions
-from medcl.data.plan import Plan
 from medcl.errors import MedclError
 from medcl.losses.contrastive import contrast
 from medcl.losses.global_contrast import STRATEGIES, VERSIONS, global_masks
@@ -23,6 +21,8 @@ from medcl.networks.heads import POOLS, ProjectionHead, pooled_pyramid
 from medcl.pretext.base import Pairs, PretextTask, Tensors
 from medcl.pretext.checks import Checks
 from medcl.pretext.sizes import enlarged, network_input, view_size
+from medcl.store.crops import Partitions
+from medcl.store.plan import Plan
 from medcl.transforms.compose import INTENSITY
 from medcl.transforms.views import RandomView
 

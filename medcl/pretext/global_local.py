@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from medcl.data.plan import Plan
 from medcl.networks.backbones import Backbone
 from medcl.pretext.base import Pairs, PretextTask, Tensors
 from medcl.pretext.checks import Checks
 from medcl.pretext.global_contrast import GlobalContrast
 from medcl.pretext.local_contrast import LocalContrast
-from medcl.run import log
+from medcl.runtime.run import log
+from medcl.store.plan import Plan
 
 MODES = ("stagewise", "joint")
 

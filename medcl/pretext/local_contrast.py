@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medcl.data.crops import Anywhere, Partitions, Places
-from medcl.data.plan import Plan
 from medcl.errors import MedclError
 from medcl.losses.local_contrast import STRATEGIES, local_loss, local_masks, nearest_apart, region_corners
 from medcl.networks.backbones import Backbone
@@ -23,6 +21,8 @@ from medcl.pretext.base import Pairs, PretextTask, Tensors, Triple
 from medcl.pretext.checks import Checks
 from medcl.pretext.global_contrast import check_partitions, check_reads
 from medcl.pretext.sizes import enlarged, network_input, view_size
+from medcl.store.crops import Anywhere, Partitions, Places
+from medcl.store.plan import Plan
 from medcl.transforms.compose import INTENSITY
 from medcl.transforms.correspondence import (
     affine_of,

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medcl.data.plan import Plan
 from medcl.errors import MedclError
 from medcl.losses.masked import (
     block_normalised,
@@ -31,6 +30,7 @@ from medcl.networks.heads import pooled_pyramid
 from medcl.networks.masked import MaskedEncoder, ReconstructionHead, token_size
 from medcl.pretext.base import Pairs, PretextTask, Tensors, Triple
 from medcl.pretext.checks import Checks
+from medcl.store.plan import Plan
 from medcl.transforms.compose import ViewIntensity, view_intensity
 from medcl.transforms.inside import with_data
 from medcl.transforms.random import uniform

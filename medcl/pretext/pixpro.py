@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medcl.data.plan import Plan
 from medcl.errors import MedclError
 from medcl.losses.dense import close_pairs, dense_contrast, propagate, propagation_loss
 from medcl.networks.backbones import Backbone
@@ -22,6 +21,7 @@ from medcl.networks.heads import PointwiseHead, some_voxels
 from medcl.pretext.base import Pairs, PretextTask, Tensors
 from medcl.pretext.checks import Checks
 from medcl.pretext.sizes import enlarged, network_input, view_size
+from medcl.store.plan import Plan
 from medcl.transforms.compose import INTENSITY
 from medcl.transforms.correspondence import affine_of, first_place, grid_points, map_to_view
 from medcl.transforms.inside import data_box, inside_at

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from medcl.data.case import Manifest
-from medcl.data.plan import Plan, round_up
-from medcl.data.prepare import Stored
-from medcl.data.splits import Split
+from medcl.dataset.case import Manifest
+from medcl.dataset.splits import Split
 from medcl.errors import MedclError
 from medcl.evaluation.probe import ProbeData, probe, probe_data
 from medcl.networks.backbones import Backbone
-from medcl.run import log
+from medcl.runtime.run import log
+from medcl.store.plan import Plan, round_up
+from medcl.store.prepare import Stored
 
 LEAST = 2  # subjects: each is told by the others
 

@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from medcl.data.plan import Plan
 from medcl.losses.contrastive import contrast, cosine
 from medcl.networks.backbones import Backbone
 from medcl.networks.heads import POOLS, ProjectionHead, pooled_pyramid
 from medcl.pretext.base import Pairs, PretextTask, Tensors
 from medcl.pretext.checks import Checks
 from medcl.pretext.sizes import enlarged, network_input, view_size
+from medcl.store.plan import Plan
 from medcl.transforms.compose import INTENSITY
 from medcl.transforms.views import RandomView
 

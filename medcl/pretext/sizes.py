@@ -7,7 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from medcl.data.plan import Plan, round_up
+from medcl.store.plan import Plan, round_up
 
 Triple = tuple[int, int, int]
 FEWEST_FEATURES = 4  # voxels of the coarsest map: instance norm and pooling need some to speak of

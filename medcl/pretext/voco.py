@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from medcl.data.plan import THICK, Plan
 from medcl.errors import MedclError
 from medcl.losses.voco import VARIANTS, above_diagonal, bases_with_data, overlap_labels, voco_loss
 from medcl.networks.backbones import Backbone
@@ -29,6 +28,7 @@ from medcl.networks.heads import POOLS, ProjectionHead, pooled_pyramid
 from medcl.pretext.base import REMEDIES, Pairs, PretextTask, Tensors, Triple
 from medcl.pretext.checks import Checks
 from medcl.pretext.sizes import enlarged, network_input
+from medcl.store.plan import THICK, Plan
 from medcl.transforms.compose import INTENSITY, view_intensity
 from medcl.transforms.inside import box_mask, data_box, repeat_edge, starts_within
 from medcl.transforms.random import mix_seeds, uniform

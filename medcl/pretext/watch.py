@@ -13,8 +13,8 @@ import torch
 from medcl.errors import MedclError
 from medcl.losses.diagnostics import MEANING, RankMemory, describe_pairs
 from medcl.pretext.base import PretextTask, kept_features
-from medcl.run import log
-from medcl.training import LAST, preserved
+from medcl.runtime.run import log
+from medcl.runtime.training import LAST, preserved
 
 NEAR = 0.02  # of a trivial value: a loss this near to it, and moving by less than this, stands at it
 SPREAD = 0.2  # below it embeddings count as equal

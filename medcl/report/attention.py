@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from medcl.data.bags import read_features
 from medcl.errors import MedclError
-from medcl.files import atomic_path, write_text
-from medcl.run import log
+from medcl.mil.bags import read_features
+from medcl.runtime.files import atomic_path, write_text
+from medcl.runtime.run import log
 
 LONGEST = 1200  # pixels of a heat map
 
@@ -73,7 +73,7 @@ def slide_maps(stem: Path, corners: np.ndarray, attention: np.ndarray, meta: dic
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    from medcl.data.slides import Slide
+    from medcl.mil.slides import Slide
 
     slide, side = Slide(meta["source"]), float(meta["patch_size_level0"])
     thumbnail = slide.thumbnail(LONGEST)
@@ -123,7 +123,9 @@ def geojson(
 
 def slices_map(path: Path, corners: np.ndarray, attention: np.ndarray, meta: dict[str, Any]) -> None:
     """Attention of the axial slices, times their number, on the scan's own grid."""
-    from medcl.data.io import from_canonical, read_volume, to_canonical, write_nifti
+    from medcl.io.geometry import from_canonical, to_canonical
+    from medcl.io.nifti import write_nifti
+    from medcl.io.volumes import read_volume
 
     volume = read_volume([meta["source"]])
     heat = np.zeros(to_canonical(volume).array.shape, np.float32)
@@ -136,10 +138,12 @@ def volume_map(path: Path, corners: np.ndarray, attention: np.ndarray, meta: dic
 
     Not the mean: that of overlapping ones is highest where they overlap most, and not in the most attended.
     """
-    from medcl.data.io import from_canonical, read_volume, to_canonical, write_nifti
-    from medcl.data.plan import Plan
-    from medcl.data.prepare import prepare_image
-    from medcl.data.resample import resample_linear
+    from medcl.io.geometry import from_canonical, to_canonical
+    from medcl.io.nifti import write_nifti
+    from medcl.io.resample import resample_linear
+    from medcl.io.volumes import read_volume
+    from medcl.store.plan import Plan
+    from medcl.store.prepare import prepare_image
 
     volume = read_volume([meta["source"]])
     plan = Plan.from_dict(json.loads(meta["plan"]), meta["source"])

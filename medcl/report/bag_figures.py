@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medcl.evaluation.classification import BINS
+from medcl.mil.classification import BINS
 from medcl.report.figures import BLUE, GREY, ORANGE, SKY, literal, new_figure, plain, to_uri
 
 COLOURS = (BLUE, ORANGE, GREY, SKY)

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from medcl.data.bags import read_features
 from medcl.errors import MedclError
-from medcl.evaluation.bags import NAMES, Table, audit_of, doubts, ends, notices, score, table_of_predictions
 from medcl.evaluation.pairing import flat_config
 from medcl.evaluation.statistics import Interval
-from medcl.files import read_json, write_text
+from medcl.mil.bags import read_features
+from medcl.mil.evaluation import NAMES, Table, audit_of, doubts, ends, notices, score, table_of_predictions
 from medcl.report import bag_figures, sections
 from medcl.report import page as html
 from medcl.report.attention import read_attention
 from medcl.report.instances import instance_figure, instance_rows, pictures_of
+from medcl.runtime.files import read_json, write_text
 
 MOST_BAGS = 8  # whose instances are shown
 HIGHER = "Higher is better, but for the Brier score and the calibration error."

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medcl.evaluation.efficiency import table, told_labels
-from medcl.files import write_text
+from medcl.efficiency.table import table, told_labels
 from medcl.report import page as html
 from medcl.report import sections
 from medcl.report.efficiency_figures import arms_plot, efficiency_plot
-from medcl.run import read_config
+from medcl.runtime.files import write_text
+from medcl.runtime.run import read_config
 
 FEWEST_TO_DRAW = 2  # numbers of labels below which a curve says nothing
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from medcl.errors import MedclError
 from medcl.evaluation.metrics import MEASURES
-from medcl.run import read_metrics
+from medcl.runtime.run import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

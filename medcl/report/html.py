@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from medcl.data.case import Manifest
+from medcl.dataset.case import Manifest
 from medcl.errors import MedclError
 from medcl.evaluation.absence import settled
 from medcl.evaluation.compare import comparison_cells
 from medcl.evaluation.evaluate import Row, mean_over_classes, notices, read_result, read_scores
 from medcl.evaluation.metrics import MEASURES
 from medcl.evaluation.pairing import flat_config, paired_means
-from medcl.files import read_json, write_text
 from medcl.report import figures, sections
 from medcl.report import page as html
 from medcl.report.overlays import draw_overlay, load_overlay
+from medcl.runtime.files import read_json, write_text
 
 _OUTLINES = (
     "Planes cut where the reference is largest, in radiological display (the patient's right is on the left); "

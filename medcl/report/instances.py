@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from medcl.data.bags import Features
-from medcl.data.slides import IMAGES, Slide
+from medcl.mil.bags import Features
+from medcl.mil.slides import IMAGES, Slide
 from medcl.report.figures import ORANGE, literal, new_figure, to_uri
 
 SHOWN = 6  # from either end
@@ -43,8 +43,9 @@ def pictures_of(features: Features) -> tuple[Picture, str] | None:
 
 
 def _of_slices(source: Path, corners: np.ndarray) -> Picture:
-    from medcl.data.instances import slices
-    from medcl.data.io import read_volume, to_canonical
+    from medcl.io.geometry import to_canonical
+    from medcl.io.volumes import read_volume
+    from medcl.mil.instances import slices
 
     blocks = np.concatenate(list(slices(np.asarray(to_canonical(read_volume([source])).array), SIDE).read()))
     return lambda i: blocks[i].transpose(1, 2, 0)
@@ -52,9 +53,10 @@ def _of_slices(source: Path, corners: np.ndarray) -> Picture:
 
 def _of_volume(source: Path, corners: np.ndarray, meta: dict[str, Any]) -> Picture:
     """Axial slices of the prepared volume, front up, the patient's right on the left, the sub-volume outlined."""
-    from medcl.data.io import read_volume, to_canonical
-    from medcl.data.plan import Plan
-    from medcl.data.prepare import prepare_image
+    from medcl.io.geometry import to_canonical
+    from medcl.io.volumes import read_volume
+    from medcl.store.plan import Plan
+    from medcl.store.prepare import prepare_image
 
     plan = Plan.from_dict(json.loads(meta["plan"]), str(source))
     image = prepare_image(to_canonical(read_volume([source])), plan).image

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from medcl.data.case import Manifest
+from medcl.dataset.case import Manifest
 from medcl.evaluation.evaluate import Row, interval_cells
 from medcl.evaluation.metrics import MEASURES
 from medcl.evaluation.statistics import Interval, format_interval

@@ -7,7 +7,7 @@ from pathlib import Path
 from medcl.config import ReportConfig
 from medcl.report.bags import write_bag_report
 from medcl.report.html import write_run_report
-from medcl.run import read_config
+from medcl.runtime.run import read_config
 
 
 def write_report(config: ReportConfig) -> Path:

@@ -45,7 +45,7 @@ class RandomView:
         self.intensity = view_intensity(modality, spacing, intensity) if intensity else None
 
     def of_reads(self, reads: Mapping[str, Tensor], view: int) -> tuple[Tensor, Tensor, Tensor]:
-        """One view of every read of a batch, as `medcl.data.crops.ReadDataset` gives them.
+        """One view of every read of a batch, as `medcl.store.crops.ReadDataset` gives them.
 
         Args:
             reads: `image` and `seed`, and where there are `start` and `extent`, by which a read holds data.

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from recipes import WIDTHS, Case
 from torch import Tensor
 
-from medcl.data.crops import Partitions
 from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.pretext.base import PretextTask
 from medcl.pretext.registry import TASKS, task_class
+from medcl.store.crops import Partitions
 
 Tensors = dict[str, Tensor]
 
@@ -40,7 +40,7 @@ def volume(number: int, shape: tuple[int, int, int]) -> Tensor:
 
 
 def batch_for(task: PretextTask, volumes: range) -> Tensors:
-    """Reads as `medcl.data.crops.ReadDataset` gives them; one axis is shorter than the read, one longer.
+    """Reads as `medcl.store.crops.ReadDataset` gives them; one axis is shorter than the read, one longer.
 
     Axes that are divided into partitions are long enough for the partitions to differ.
     """

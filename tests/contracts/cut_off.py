@@ -1,4 +1,4 @@
-"""The command line, cut off as by a kill right after the checkpoint of step 2: started by tests/test_scale.py."""
+"""The command line, cut off as by a kill right after the checkpoint of step 2: for tests/runtime/test_scale.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from medcl.cli import main
-from medcl.training import Checkpoints
+from medcl.runtime.training import Checkpoints
 
 
 class CutOff(Checkpoints):
@@ -18,7 +18,7 @@ class CutOff(Checkpoints):
 
 
 if __name__ == "__main__":
-    import medcl.training
+    import medcl.runtime.training
 
-    medcl.training.Checkpoints = CutOff  # type: ignore[misc]
+    medcl.runtime.training.Checkpoints = CutOff  # type: ignore[misc]
     main()

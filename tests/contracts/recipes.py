@@ -9,9 +9,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from medcl.data.plan import Plan
 from medcl.networks.backbones import BACKBONES, Backbone, BackboneSpec, SwinUNETRBackbone, build_backbone
 from medcl.pretext.registry import TASKS, task_class
+from medcl.store.plan import Plan
 
 PLAN = Plan(volume_size=(24, 24, 24), patch_size=(24, 24, 24), strides=((2, 2, 2),) * 2)
 SWIN_PLAN = dataclasses.replace(PLAN, volume_size=(64, 64, 32), patch_size=(64, 64, 32))

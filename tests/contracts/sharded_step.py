@@ -1,4 +1,4 @@
-"""Started by tests/test_sharding.py on two processes: steps of a divided network against those of a whole one."""
+"""For tests/networks/test_sharding.py, on two processes: steps of a divided network against those of a whole one."""
 
 from __future__ import annotations
 

@@ -1,1 +1,0 @@
-"""Files of scans to cases, cases to a store of prepared volumes."""

@@ -1,0 +1,1 @@
+"""A folder of scans to cases: layouts, subjects, problems, splits."""

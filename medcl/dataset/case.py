@@ -1,0 +1,147 @@
+"""A case is one image with what is known of it; a manifest is the cases of a folder and the problems met there."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from medcl.errors import MedclError
+from medcl.runtime.files import read_json, write_json
+
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One 3D image (one frame, one channel, one DICOM series), its label map if any, and its header.
+
+    Attributes:
+        id: unique in its manifest, safe as a file name; predictions are named after it.
+        subject: the person; every split is by subject. Never a patient name (DICOM identifiers are hashed).
+        image: the file, or the slice files of a DICOM series in slice order, relative to the manifest's root.
+        label: the label map's file, relative to the root, or None.
+        format: `nifti`, `nrrd`, `meta` (MHA/MHD) or `dicom`.
+        channel: which channel of a 4D file, or None for a 3D file.
+        shape: voxels along the three array axes, in the file's own order.
+        spacing: mm along the same axes.
+        orientation: nibabel's axis codes of those axes, such as `RAS` or `LPS`.
+        affine: rows of the 4x4 matrix from voxel index to RAS+ world coordinates in mm.
+        dtype: the stored voxel type.
+        intensity: minimum, median and maximum, where voxels were read.
+        modality: `MR`, `CT` or `unknown`.
+        split: `train` or `test` where the data set's layout says so.
+        notes: what was done to read it that a user should know (gantry tilt resampled, ...).
+    """
+
+    id: str
+    subject: str
+    image: tuple[str, ...]
+    label: str | None = None
+    format: str = "nifti"
+    channel: int | None = None
+    shape: tuple[int, ...] = ()
+    spacing: tuple[float, ...] = ()
+    orientation: str = ""
+    affine: tuple[tuple[float, ...], ...] = ()
+    dtype: str = ""
+    intensity: tuple[float, ...] | None = None
+    modality: str = "unknown"
+    split: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Case:
+        fixed: dict[str, Any] = {
+            k: tuple(map(tuple, v)) if k == "affine" else tuple(v) if isinstance(v, list) else v
+            for k, v in data.items()
+        }
+        return Case(**fixed)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a file.
+
+    Attributes:
+        file: path relative to the root.
+        what: what is wrong, in one line.
+        remedy: what a person can do.
+        aside: True where the volume was set aside; False where it is used all the same (a warning).
+        twin: the volume that it is identical to, where that goes under another subject's name.
+    """
+
+    file: str
+    what: str
+    remedy: str
+    aside: bool = True
+    twin: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}. {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `medcl scan` found below `root`.
+
+    Attributes:
+        root: absolute folder that all paths are relative to.
+        layout: the layout recognised: `msd`, `acdc`, `bids`, `dicom`, `nnunet` or `names`.
+        rule: one sentence saying how subjects and labels were worked out.
+        cases: usable cases, sorted by id.
+        problems: files set aside, and warnings.
+        label_names: name of every label value that the data set names.
+    """
+
+    root: str
+    layout: str
+    rule: str
+    cases: tuple[Case, ...]
+    problems: tuple[Problem, ...] = ()
+    label_names: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def labelled(self) -> tuple[Case, ...]:
+        return tuple(case for case in self.cases if case.label is not None)
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        return tuple(sorted({case.subject for case in self.cases}))
+
+    def image_paths(self, case: Case) -> tuple[Path, ...]:
+        return tuple(Path(self.root) / name for name in case.image)
+
+    def label_path(self, case: Case) -> Path | None:
+        return None if case.label is None else Path(self.root) / case.label
+
+    def with_cases(self, cases: tuple[Case, ...], problems: tuple[Problem, ...] = ()) -> Manifest:
+        """The same manifest over other cases, with further problems appended."""
+        return replace(self, cases=cases, problems=self.problems + problems)
+
+    def save(self, path: str | Path) -> None:
+        data = asdict(self)
+        data["label_names"] = {str(value): name for value, name in self.label_names.items()}
+        write_json(path, {"medcl_manifest": MANIFEST_VERSION, **data})
+
+    @staticmethod
+    def load(path: str | Path) -> Manifest:
+        """Reads a manifest.
+
+        Raises:
+            MedclError: the file is not a manifest this version can read.
+        """
+        data = read_json(path)
+        if not isinstance(data, dict) or data.pop("medcl_manifest", None) != MANIFEST_VERSION:
+            raise MedclError("is not a manifest of this version", path, "Write it anew with `medcl scan DIR`.")
+        try:
+            return Manifest(
+                root=data["root"],
+                layout=data["layout"],
+                rule=data["rule"],
+                cases=tuple(Case.from_dict(case) for case in data["cases"]),
+                problems=tuple(Problem(**problem) for problem in data["problems"]),
+                label_names={int(value): name for value, name in data["label_names"].items()},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise MedclError(f"is damaged ({error})", path, "Write it anew with `medcl scan DIR`.") from None

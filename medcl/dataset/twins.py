@@ -1,0 +1,66 @@
+"""Identical volumes under two names: one is kept, so that no two can sit in two splits."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from medcl.dataset.case import Case, Problem
+from medcl.runtime.files import file_sha256
+
+Pair = tuple[Case, str]
+
+
+def without_twins(root: Path, read: Iterable[Pair], sizes: Mapping[str, int]) -> tuple[list[Case], list[Problem]]:
+    """Keeps one of every set of identical volumes, a labelled one first.
+
+    Identical are equal voxels where they were read, else equal bytes; bytes are compared among files of one size only,
+    and in full only where a few samples agree.
+
+    Args:
+        root: the folder that the cases' paths are relative to.
+        read: every case with a digest of its voxels, empty where they were not read.
+        sizes: bytes of each file; DICOM series, which it lacks, are compared by voxels only.
+    """
+    kept = list(read)
+    keys: tuple[Callable[[Case], object], ...] = (
+        lambda case: sizes.get(case.image[0], case.id),
+        lambda case: _sample(root / case.image[0]),
+        lambda case: file_sha256(root / case.image[0]),
+    )
+    groups = [kept]
+    for key in keys:
+        groups = [part for group in groups for part in _split(group, key)]
+    twins, problems = set(), []
+    for group in groups:
+        first, *others = sorted((case for case, _ in group), key=lambda case: (case.label is None, case.id))
+        for other in others:
+            twins.add(other.id)
+            what = f"holds the same image as {first.image[0]}"
+            strangers = other.subject != first.subject
+            if strangers:
+                what += f", although one is subject {first.subject} and the other {other.subject}"
+            remedy = f"{first.image[0]} is used; delete one of the two."
+            problems.append(Problem(other.image[0], what, remedy, twin=first.image[0] if strangers else ""))
+    return [case for case, _ in kept if case.id not in twins], problems
+
+
+def _split(group: list[Pair], key: Callable[[Case], object]) -> list[list[Pair]]:
+    """The parts of a group that agree in digest, or without one in key; those of a single case are left out."""
+    parts: dict[object, list[Pair]] = defaultdict(list)
+    for case, digest in group:
+        parts[digest or key(case)].append((case, digest))
+    return [part for part in parts.values() if len(part) > 1]
+
+
+def _sample(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        for place in (0, size // 2, max(0, size - 4096)):
+            stream.seek(place)
+            digest.update(stream.read(4096))
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Label efficiency: several arms at several numbers of labels."""

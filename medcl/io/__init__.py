@@ -1,0 +1,1 @@
+"""Reading and writing images: one reader per format, geometry in RAS+ mm."""

@@ -1,0 +1,1 @@
+"""What weights have seen, and whether they are tested on it."""

@@ -1,0 +1,1 @@
+"""Multiple-instance learning: bags of slides, images or volumes to classes."""

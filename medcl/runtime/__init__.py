@@ -1,0 +1,1 @@
+"""The ground of every stage: run folders, training, memory, processes, files."""

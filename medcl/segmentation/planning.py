@@ -1,0 +1,66 @@
+"""What a fine-tuning is planned by: the plan of the pretrained weights, fitted to this folder, and the label values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from medcl.checkpoint import Contract
+from medcl.config import FinetuneConfig
+from medcl.dataset.case import Manifest
+from medcl.errors import MedclError
+from medcl.io.volumes import read_volume
+from medcl.store.plan import Plan, derive_plan, round_up
+from medcl.store.stage import measured, plan_for
+
+
+def choose_plan(manifest: Manifest, config: FinetuneConfig, contract: Contract | None, device: str) -> Plan:
+    """The plan of the pretrained network, with patches for this data set; else the user's, else a derived one.
+
+    Spacing, normalisation and strides belong to the weights; patch size and labels belong to the task.
+    """
+    if config.plan or contract is None:
+        plan = plan_for(manifest, config.plan, device=device, n4=config.n4, store=config.store)
+        if 2 in (config.spatial_dims, contract.backbone.spatial_dims if contract else 3):
+            plan = plan.slicewise()
+        if contract and plan.preparation() != contract.plan.preparation():
+            raise MedclError(
+                "prepares volumes otherwise than the pretrained network has seen them", config.plan,
+                f"Use the plan of {config.init}, or leave out --plan.",
+            )  # fmt: skip
+        return plan if plan.labels else replace(plan, labels=manifest.label_names)
+    kept = contract.plan
+    if config.n4 and not kept.n4:
+        raise MedclError(
+            f"{config.init} was pretrained without bias-field correction", "--n4", "Leave it out, or pretrain with it."
+        )
+    if manifest.cases and {kept.modality, *(c.modality for c in manifest.cases)} >= {"CT", "MR"}:
+        raise MedclError(
+            f"was pretrained on {kept.modality}, this folder holds the other modality", config.init,
+            "Use --init none, or pretrain on such scans.",
+        )  # fmt: skip
+    headers = derive_plan(manifest, spacing=kept.spacing, device=device)
+    own = measured(manifest, replace(kept, labels=headers.labels), device, config.store)
+    patch = round_up(own.patch_size, kept.total_stride)
+    return replace(kept, patch_size=patch, volume_size=own.volume_size, labels=own.labels)
+
+
+def label_values(manifest: Manifest, plan: Plan) -> tuple[int, ...]:
+    """Label values that are classes: those that the data set names, else those found in its label maps."""
+    if plan.labels:
+        return tuple(sorted(plan.labels))
+    found: set[int] = set()
+    for case in manifest.labelled:
+        path = manifest.label_path(case)
+        assert path is not None
+        try:
+            found |= {int(value) for value in np.unique(read_volume([path]).array)}
+        except MedclError:
+            continue  # told when the case is prepared
+    values = tuple(sorted(v for v in found if 0 < v < 256))
+    if not values:
+        raise MedclError(
+            "the label maps hold no foreground", manifest.root, "Check which files are labels: `medcl scan`."
+        )
+    return values

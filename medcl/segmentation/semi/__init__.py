@@ -1,0 +1,1 @@
+"""Semi-supervised methods: what fine-tuning learns from unlabelled images."""

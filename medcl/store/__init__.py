@@ -1,0 +1,1 @@
+"""Cases to a store of prepared volumes, and random crops of them."""

@@ -1,0 +1,232 @@
+"""Fingerprint of a data set to a plan: spacing, intensity scale, patch and strides. Readable, editable JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medcl.config import nearest
+from medcl.dataset.case import Case, Manifest
+from medcl.errors import MedclError
+from medcl.runtime.files import read_json, write_json
+
+PLAN_VERSION = 1
+THICK = 3.0  # an axis this many times coarser than the finest counts as thick (nnU-Net's rule)
+SMALLEST_EDGE = 8  # an axis is halved while it has at least this many voxels
+MAX_STRIDES = 4
+SOFT_TISSUE = (-175.0, 250.0)  # HU; the window of the abdominal CT literature
+PATCH_VOXELS = {"cpu": 160_000, "gpu": 96**3}
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How volumes are prepared and cut for a data set. All axes are those of RAS orientation.
+
+    Attributes:
+        modality: `MR`, `CT` or `unknown`.
+        spacing: voxel size after resampling, mm.
+        normalise: `ct` clips to `window` and scales it to [-1, 1]; `robust` clips to the volume's own 0.5 and 99.5
+            percentiles and scales its foreground to mean 0 and standard deviation 1.
+        window: lower and upper HU of the `ct` normalisation.
+        n4: whether the MRI bias field is corrected first.
+        volume_size: median voxels of the volumes after cropping and resampling.
+        patch_size: voxels of a fine-tuning patch, a multiple of the total stride.
+        strides: down-sampling factors of the network, finest level first.
+        labels: name of every foreground label.
+    """
+
+    modality: str = "MR"
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    normalise: str = "robust"
+    window: tuple[float, float] = SOFT_TISSUE
+    n4: bool = False
+    volume_size: Triple = (64, 64, 64)
+    patch_size: Triple = (64, 64, 64)
+    strides: tuple[Triple, ...] = ((2, 2, 2),) * 3
+    labels: dict[int, str] = field(default_factory=dict)
+
+    def preparation(self) -> dict[str, Any]:
+        """The part that decides what a prepared volume looks like: the store is keyed by it."""
+        return {key: getattr(self, key) for key in ("spacing", "normalise", "window", "n4")}
+
+    @property
+    def total_stride(self) -> Triple:
+        a, b, c = (math.prod(stride[axis] for stride in self.strides) for axis in range(3))
+        return a, b, c
+
+    @property
+    def anisotropic(self) -> bool:
+        return max(self.spacing) / min(self.spacing) >= THICK
+
+    def slicewise(self) -> Plan:
+        """The plan of a network that sees every slice along the last axis by itself: nothing strides there."""
+        return dataclasses.replace(self, strides=tuple((a, b, 1) for a, b, _ in self.strides if max(a, b) > 1))
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, {"medcl_plan": PLAN_VERSION, **json.loads(json.dumps(asdict(self)))})
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Reads plan.json, or the one in a run folder, and checks what a person may have edited.
+
+        Raises:
+            MedclError: not a plan, or a value that cannot work.
+        """
+        path = Path(path)
+        path = path / "plan.json" if path.is_dir() else path
+        data = read_json(path)
+        if not isinstance(data, dict) or data.pop("medcl_plan", None) != PLAN_VERSION:
+            raise MedclError("is not a plan of this version", path, "Delete it to derive a new one.")
+        return Plan.from_dict(data, path)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any], where: object = "plan") -> Plan:
+        known = {f.name for f in dataclasses.fields(Plan)}
+        for key in data:
+            if key not in known:
+                raise MedclError(f"unknown key {key!r}", where, nearest(key, known))
+        try:
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            values["strides"] = tuple(tuple(int(s) for s in stride) for stride in data["strides"])
+            values["labels"] = {int(value): str(name) for value, name in data["labels"].items()}
+            plan = Plan(**values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise MedclError(f"cannot be understood ({error!r})", where, "Delete it to derive a new one.") from None
+        plan.check(where)
+        return plan
+
+    def check(self, where: object = "plan") -> None:
+        def refuse(what: str, remedy: str) -> None:
+            raise MedclError(what, where, remedy)
+
+        if len(self.spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in self.spacing):
+            refuse(f"spacing {self.spacing} is not three positive numbers", "Give mm along R, A and S.")
+        if self.normalise not in ("ct", "robust"):
+            refuse(f"unknown normalise {self.normalise!r}", "Use ct or robust.")
+        if self.normalise == "ct" and not self.window[0] < self.window[1]:
+            refuse(f"window {self.window} is empty", "Give the lower HU first.")
+        for size, stride in zip(self.patch_size, self.total_stride, strict=True):
+            if size <= 0 or size % stride:
+                refuse(f"patch_size {self.patch_size} is not a multiple of the strides' product {self.total_stride}",
+                       "Round it up.")  # fmt: skip
+
+
+def canonical_axes(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Shape and spacing (mm) of a case along R, A and S, from its affine."""
+    affine = np.asarray(case.affine, dtype=float)
+    import nibabel
+
+    order = nibabel.orientations.io_orientation(affine)[:, 0].astype(int)
+    shape, spacing = np.empty(3), np.empty(3)
+    shape[order], spacing[order] = case.shape[:3], case.spacing[:3]
+    return shape, spacing
+
+
+def target_spacing(spacings: np.ndarray) -> np.ndarray:
+    """Median spacing (mm); a thick axis takes the 10th percentile, so that the finer scans are not thrown away.
+
+    Isensee et al., nnU-Net, Nature Methods 2021, supplementary note on the target spacing.
+    """
+    target = np.median(spacings, axis=0)
+    worst = int(np.argmax(target))
+    if target[worst] / target.min() >= THICK:
+        others = np.delete(target, worst)
+        target[worst] = max(np.percentile(spacings[:, worst], 10), others.max())
+    return target
+
+
+def patch_for(volume: Sequence[float], spacing: Sequence[float], budget: int) -> list[int]:
+    """The patch nearest to a cube in mm, no larger than the volume, of at most `budget` voxels."""
+    extent, step = np.asarray(volume, float), np.asarray(spacing, float)
+    low, high = 0.0, float((extent * step).max())
+    for _ in range(50):
+        side = (low + high) / 2
+        low, high = (side, high) if np.minimum(extent, side / step).prod() <= budget else (low, side)
+    return [max(4, round(n)) for n in np.minimum(extent, high / step)]
+
+
+def strides_for(patch: Sequence[int], spacing: Sequence[float]) -> tuple[Triple, ...]:
+    """Halves, level by level, the axes that still have voxels to halve and are not coarser than the finest by 2."""
+    size, step = list(patch), list(spacing)
+    strides: list[Triple] = []
+    while len(strides) < MAX_STRIDES:
+        able = [n >= SMALLEST_EDGE for n in size]
+        if not any(able):
+            break
+        finest = min(s for s, ok in zip(step, able, strict=True) if ok)
+        stride = [2 if ok and s < 2 * finest else 1 for s, ok in zip(step, able, strict=True)]
+        size = [math.ceil(n / f) for n, f in zip(size, stride, strict=True)]
+        step = [s * f for s, f in zip(step, stride, strict=True)]
+        strides.append((stride[0], stride[1], stride[2]))
+    return tuple(strides) or ((1, 1, 1),)
+
+
+def round_up(size: Sequence[int], multiple: Sequence[int]) -> Triple:
+    a, b, c = (max(1, math.ceil(n / m)) * m for n, m in zip(size, multiple, strict=True))
+    return a, b, c
+
+
+def derive_plan(
+    manifest: Manifest, *, spacing: Sequence[float] | None = None, n4: bool = False, device: str = "cpu"
+) -> Plan:
+    """Derives a plan from the headers of a manifest's cases.
+
+    Its sizes are those of whole volumes, air included: `medcl.store.stage.plan_for` measures what cropping leaves.
+
+    Args:
+        manifest: what to plan for; only headers are used, so no label or test intensity enters.
+        spacing: voxel size in mm to use instead of the derived one.
+        n4: correct the bias field of MRI.
+        device: `cpu` or `gpu`: how many voxels a patch may have.
+
+    Raises:
+        MedclError: the manifest has no cases, or mixes CT with MR.
+    """
+    if not manifest.cases:
+        first = f"{manifest.problems[0]} " if manifest.problems else ""
+        raise MedclError("no usable volume", manifest.root, f"{first}`medcl scan` tells all.")
+    modalities = {case.modality for case in manifest.cases} - {"unknown"}
+    if len(modalities) > 1:
+        raise MedclError(
+            "CT and MR volumes mixed",
+            manifest.root,
+            "Scan them as two folders, or edit manifest.json: one plan fits one.",
+        )
+    modality = next(iter(modalities), "unknown")
+    axes = [canonical_axes(case) for case in manifest.cases]
+    shapes, spacings = np.array([a[0] for a in axes]), np.array([a[1] for a in axes])
+    target = np.asarray(spacing, float) if spacing else target_spacing(spacings)
+    mm = [round(float(s), 4) for s in target]
+    plan = Plan(
+        modality=modality,
+        spacing=(mm[0], mm[1], mm[2]),
+        normalise="ct" if modality == "CT" else "robust",
+        n4=n4 and modality != "CT",
+        labels={value: name for value, name in manifest.label_names.items() if value},
+    )
+    return sized(plan, shapes * spacings / target, device)
+
+
+def sized(plan: Plan, shapes: np.ndarray, device: str) -> Plan:
+    """The plan with volume, patch and strides for volumes of these voxels, (n, 3), at its spacing.
+
+    Args:
+        plan: of which spacing and preparation are kept.
+        shapes: of the volumes after cropping, as far as they are known.
+        device: `cpu` or `gpu`: how many voxels a patch may have.
+    """
+    volume = np.maximum(np.round(np.median(shapes, axis=0)), 1).astype(int).tolist()
+    patch = patch_for(volume, plan.spacing, PATCH_VOXELS[device])
+    plan = replace(plan, volume_size=tuple(volume), strides=strides_for(patch, plan.spacing))
+    plan = replace(plan, patch_size=round_up(patch, plan.total_stride))
+    plan.check()
+    return plan

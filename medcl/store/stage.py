@@ -1,0 +1,191 @@
+"""The stages `scan` and `prepare`, and the way every later stage gets from SOURCE to prepared volumes."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medcl.config import PrepareConfig, ScanConfig
+from medcl.dataset.case import Case, Manifest
+from medcl.dataset.scan import scan as scan_folder
+from medcl.errors import MedclError
+from medcl.io.volumes import read_volume
+from medcl.runtime.run import log
+from medcl.store.plan import Plan, derive_plan, sized
+from medcl.store.prepare import AIR, Stored
+from medcl.store.prepare import prepare as prepare_volumes
+from medcl.store.volumes import read_meta, store_folder
+
+SAMPLED = 5  # volumes read to guess the modality
+MEASURED = 32  # volumes prepared to plan sizes
+SHOWN = 5  # problems told one by one; the rest stand in manifest.json
+
+
+def scan(config: ScanConfig) -> Manifest:
+    """Scans a folder and writes its manifest."""
+    manifest = scan_folder(
+        config.source, channel=config.channel, voxels=not config.quick, workers=config.workers or None,
+        progress=not config.json,
+    )  # fmt: skip
+    manifest.save(config.out)
+    return manifest
+
+
+def load_source(source: str, channel: int | None = None, previous_run: Path | None = None) -> Manifest:
+    """A manifest, from a folder of scans, a single volume or a file written by `medcl scan`.
+
+    Args:
+        source: what the user named.
+        channel: of 4D files.
+        previous_run: folder of a run that goes on; what it found at its start is taken, whatever the source holds now.
+    """
+    if previous_run is not None:
+        return Manifest.load(previous_run / "manifest.json")
+    if source.endswith(".json"):
+        return Manifest.load(source)
+    return guess_modality(scan_folder(source, channel=channel, voxels=False))
+
+
+def guess_modality(manifest: Manifest) -> Manifest:
+    """Fills in CT where neither headers nor layout say so, and a few volumes hold air at -1000 HU.
+
+    Only headers were read so far; whether intensities are scaled by an HU window must not depend on that.
+    """
+    unknown = [case for case in manifest.cases if case.modality == "unknown"]
+    seen = []
+    for case in unknown[:SAMPLED]:
+        try:
+            seen.append(float(read_volume(manifest.image_paths(case), channel=case.channel).array.min()) <= AIR)
+        except MedclError:
+            continue  # told when the volume is prepared
+    if not seen or not all(seen):
+        return manifest
+    return manifest.with_cases(
+        tuple(replace(case, modality="CT") if case.modality == "unknown" else case for case in manifest.cases)
+    )
+
+
+def describe(manifest: Manifest) -> str:
+    aside = sum(problem.aside for problem in manifest.problems)
+    found = f"{len(manifest.cases)} volumes of {len(manifest.subjects)} subjects, {len(manifest.labelled)} labelled"
+    return f"{found}, {aside} set aside ({manifest.rule.rstrip('.')})"
+
+
+def tell_problems(manifest: Manifest, before: int = 0) -> None:
+    """Logs the first few problems, one line each."""
+    problems = manifest.problems[before:]
+    for problem in problems[:SHOWN]:
+        log.warning("%s", problem)
+    if len(problems) > SHOWN:
+        log.warning("... and %d more, all in manifest.json.", len(problems) - SHOWN)
+
+
+def plan_for(
+    manifest: Manifest, plan: str, *, device: str, n4: bool = False, spacing: Any = None, store: str = "",
+    workers: int = 0,
+) -> Plan:  # fmt: skip
+    """The plan a user names, or one derived: spacing from all headers, sizes from what cropping leaves of volumes."""
+    if plan:
+        return Plan.load(plan)
+    return measured(manifest, derive_plan(manifest, spacing=spacing, n4=n4, device=device), device, store, workers)
+
+
+def measured(manifest: Manifest, plan: Plan, device: str, store: str = "", workers: int = 0) -> Plan:
+    """The plan with sizes for volumes as they are prepared: cropped to the foreground, as nnU-Net plans.
+
+    Up to `MEASURED` volumes, evenly spaced in the manifest, are prepared into the store, where the stage finds them
+    again. Their extents enter, and no intensity or label does.
+    """
+    count = len(manifest.cases)
+    some = [manifest.cases[i] for i in sorted({int((k + 0.5) * count / MEASURED) for k in range(MEASURED)})]
+    try:
+        stored, _ = prepare_volumes(manifest.with_cases(tuple(some)), plan, store=store, workers=workers)
+    except MedclError as error:
+        if error.__cause__ is not None:  # the store cannot be written
+            raise
+        log.warning("None of %d volumes could be prepared to measure them: sizes are those of the headers.", len(some))
+        return plan
+    shapes = np.array([read_meta(item.path)["shape"] for item in stored])
+    plan = sized(plan, shapes, device)
+    size, patch = (" x ".join(map(str, n)) for n in (plan.volume_size, plan.patch_size))
+    log.info("Sizes planned from %d of %d volumes, cropped to the foreground: volumes of %s voxels, patches of %s.",
+             len(stored), count, size, patch)  # fmt: skip
+    return plan
+
+
+def prepare_all(
+    manifest: Manifest,
+    plan: Plan,
+    store: str = "",
+    workers: int = 0,
+    cases: tuple[Case, ...] | None = None,
+    dask: str = "",
+) -> tuple[list[Stored], Manifest]:
+    """Prepares the manifest's cases, or some of them, with a progress bar, and tells what was set aside."""
+    chosen = manifest if cases is None else manifest.with_cases(cases)
+    stored, left = prepare_volumes(
+        chosen, plan, store=store, workers=workers, title="prepare" if sys.stderr.isatty() else None, dask=dask
+    )
+    tell_problems(left, before=len(manifest.problems))
+    tell_twins(stored)
+    return stored, left
+
+
+def tell_twins(stored: list[Stored]) -> None:
+    """Warns of equal voxels under two subjects' names: compressed anew, they differ as files."""
+    owner: dict[str, Case] = {}
+    for item in stored:
+        first = owner.setdefault(read_meta(item.path)["voxel_hash"], item.case)
+        if first.subject != item.case.subject:
+            log.warning("%s: holds the same voxels as %s, under another subject's name. Delete one of the two.",
+                        item.case.image[0], first.image[0])  # fmt: skip
+
+
+def bar(items: Iterator[Any], total: int, title: str) -> Iterator[Any]:
+    """A progress bar on a terminal, silence elsewhere."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield from items
+        return
+    yield from track(items, description=title, total=total, console=console, transient=True)
+
+
+def prepare(config: PrepareConfig) -> tuple[list[Stored], Plan]:
+    """Prepares a folder of scans; a derived plan is written into `plans/` of the store.
+
+    Raises:
+        MedclError: nothing could be prepared, or a contradiction in the options.
+    """
+    if config.plan and (config.spacing or config.n4):
+        raise MedclError("a plan already says spacing and N4", "--plan", "Edit the plan, or leave it out.")
+    manifest = load_source(config.source, config.channel)
+    log.info("%s: %s.", config.source, describe(manifest))
+    tell_problems(manifest)
+    plan = plan_for(
+        manifest, config.plan, device="cpu", n4=config.n4, spacing=config.spacing, store=config.store,
+        workers=config.workers,
+    )  # fmt: skip
+    stored, _ = prepare_all(manifest, plan, config.store, config.workers, dask=config.dask)
+    root = store_folder(config.store)
+    if not config.plan:
+        # one a source, and anew whenever the derived plan changes: a plan that a person has edited is never overwritten
+        digest = hashlib.sha256(f"{Path(config.source).resolve()}{plan}".encode()).hexdigest()[:8]
+        path = root / "plans" / f"{Path(config.source).resolve().stem}-{digest}.json"
+        if not path.exists():
+            plan.save(path)
+        scale = "intensities scaled volume by volume"
+        if plan.normalise == "ct":
+            scale = f"CT window {plan.window[0]:g} to {plan.window[1]:g} HU"
+        spacing = " x ".join(f"{s:g}" for s in plan.spacing)
+        log.info("Plan: spacing %s mm, %s. Edit %s and pass it with --plan to change it.", spacing, scale, path)
+    log.info("%d volumes prepared in %s.", len(stored), root)
+    return stored, plan
