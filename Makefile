@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # each measures medcl and what a user would run instead turn by turn; --help of each tells more
 BENCHMARKS := crop_reads view_building pretrain_step margin_step prediction startup_scale mil_bags
 
-.PHONY: demo test lint bench bench-gpu clean
+.PHONY: demo test test-all lint bench bench-gpu clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,8 +17,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	$(BIN)/python pipelines/demo.py
 
+# the small representatives of long batteries; `test-all` runs these whole, as before a release
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-all: $(VENV)/ready
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile -m ""
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

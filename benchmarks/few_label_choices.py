@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 CHOICES: dict[str, dict[str, Any]] = {
     "always": {"p_affine": 1.0},
@@ -71,7 +72,7 @@ def chosen(choice: str) -> Iterator[None]:
         stage.StrongAugmentation, stage.margin_for = kept  # type: ignore[misc]
 
 
-def validated(source: str, out: Path, choice: str, draw: int, steps: int, val_every: int) -> dict[str, float]:
+def validated(source: str, out: Path, choice: str, draw: int, more: dict[str, Any]) -> dict[str, float]:
     """Mean Dice of the validation subjects of scans of one's own: the best and the last, as the run says."""
     import medcl
     from medcl.runtime.run import read_metrics
@@ -80,8 +81,7 @@ def validated(source: str, out: Path, choice: str, draw: int, steps: int, val_ev
     if not (folder / "provenance.json").exists():
         with chosen(choice):
             medcl.finetune(medcl.FinetuneConfig(
-                source, str(folder), labels="2", draw=draw, steps=steps, val_every=val_every,
-                resume=(folder / "config.yaml").exists(),
+                source, str(folder), labels="2", draw=draw, resume=(folder / "config.yaml").exists(), **more
             ))  # fmt: skip
     rows = [row["val_dice"] for row in read_metrics(folder) if "val_dice" in row]
     return {"best": max(rows), "last": rows[-1]}
@@ -178,13 +178,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--source", default="", help="labelled scans of your own instead of phantoms")
     parser.add_argument("--val_every", type=int, default=100, help="steps, on scans of your own")
+    parser.add_argument("--finetune", default="{}", help="further options of `medcl finetune` for them, as YAML")
     args = parser.parse_args()
     from medcl.runtime.run import commit
 
     print(f"commit {commit()}, {args.steps} steps, draws {args.draws}", flush=True)
     for choice in args.choices:
         if args.source:
-            each = [validated(args.source, args.out, choice, d, args.steps, args.val_every) for d in args.draws]
+            more = {**yaml.safe_load(args.finetune), "steps": args.steps, "val_every": args.val_every}
+            each = [validated(args.source, args.out, choice, draw, more) for draw in args.draws]
         else:
             each = [rules(run(args.out, choice, draw, args.steps)) for draw in args.draws]
         for rule in each[0]:

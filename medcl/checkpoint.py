@@ -242,8 +242,6 @@ def export(config: ExportConfig) -> Path:
     """
     from safetensors.torch import save_file
 
-    if config.to != "monai":
-        raise MedclError(f"unknown format {config.to!r}", "--to", "Use monai.")
     contract, backbone = rebuild(config.run)
     out = Path(config.out) if config.out else Path(config.run) / "export"
     name, arguments = backbone.monai_arguments()

@@ -200,7 +200,7 @@ def advice(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def told(facts: dict[str, Any]) -> str:
+def describe(facts: dict[str, Any]) -> str:
     """The findings in plain lines."""
     device, thread, malloc, store = (facts[name] for name in ("devices", "threads", "allocator", "store"))
     cards = [f"{gpu['name']}, {gpu['free_gb']} of {gpu['memory_gb']} GB free" for gpu in device["gpus"]]
@@ -228,7 +228,7 @@ def told(facts: dict[str, Any]) -> str:
 def report(config: DoctorConfig) -> None:
     """Prints the findings, as JSON where asked for."""
     facts = doctor(config)
-    print(json.dumps(facts, indent=1) if config.json else told(facts))
+    print(json.dumps(facts, indent=1) if config.json else describe(facts))
 
 
 def _cores() -> int:

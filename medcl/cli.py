@@ -147,9 +147,9 @@ def _mil_fit(config: Any) -> None:
 def _mil_predict(config: Any) -> None:
     from medcl.mil.stage import predict_bags
     from medcl.report.attention import draw_attention
-    from medcl.report.bags import write_told_report
+    from medcl.report.bags import write_prediction_report
 
-    print(f"Report: {write_told_report(draw_attention(predict_bags(config)))}")
+    print(f"Report: {write_prediction_report(draw_attention(predict_bags(config)))}")
 
 
 def _mil_evaluate(config: Any) -> None:

@@ -25,7 +25,7 @@ class MedclError(Exception):
 
 
 @contextmanager
-def tell_errors() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """For scripts: a `MedclError` inside ends the process with its one line, as it ends the command line."""
     try:
         yield

@@ -26,7 +26,7 @@ from medcl.runtime.scale import await_leader, check_scale, is_follower
 from medcl.runtime.training import choose_accelerator, fit, hours, resume_step, trainer_for
 from medcl.store.plan import Plan
 from medcl.store.prepare import Stored
-from medcl.store.stage import describe, load_source, prepare_all, tell_problems
+from medcl.store.stage import describe, load_source, log_problems, prepare_all
 
 C = TypeVar("C", PretrainConfig, FinetuneConfig)
 S = TypeVar("S", bound=Split | None)
@@ -84,7 +84,7 @@ class Study(Generic[C]):
             keep_precision(self.run, self.precision, self.accelerator)
         self.first_step = resume_step(self.run) if self.config.resume else 0
         log.info("%s: %s.", self.config.source, describe(self.manifest))
-        tell_problems(self.manifest)
+        log_problems(self.manifest)
 
     def prepare(self, plan: Plan, cases: tuple[Case, ...]) -> tuple[list[Stored], Manifest]:
         """Prepared volumes of these cases, and the manifest with what was set aside."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import medcl
 from medcl.dataset.case import Manifest
 from medcl.dataset.splits import ranked
-from medcl.errors import tell_errors
+from medcl.errors import exit_on_error
 from medcl.store.plan import derive_plan
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "benchmark_acdc.yaml"
@@ -67,5 +67,5 @@ if __name__ == "__main__":
     parser.add_argument("--config", type=Path, default=CONFIG, help="arms, numbers of labels, schedule")
     parser.add_argument("--on", choices=("test", "val"), default="test", help="whom to score")
     args = parser.parse_args()
-    with tell_errors():
+    with exit_on_error():
         main(args.scans, args.out, args.spacing, args.patch, args.config, args.on)

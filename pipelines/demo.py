@@ -18,7 +18,7 @@ from pathlib import Path
 
 import medcl
 from medcl import CompareConfig, EvaluateConfig, FinetuneConfig, PretrainConfig, ReportConfig
-from medcl.errors import tell_errors
+from medcl.errors import exit_on_error
 
 # subjects of one protocol, as a clinic has them; slices of every third are two or three times thicker
 SUBJECTS, SHAPE, T1 = 120, (40, 36, 36), 0.15
@@ -77,5 +77,5 @@ def main(out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    with tell_errors():
+    with exit_on_error():
         main(parser.parse_args().out)

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import medcl
-from medcl.errors import tell_errors
+from medcl.errors import exit_on_error
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "benchmark_hippocampus.yaml"
 
@@ -36,5 +36,5 @@ if __name__ == "__main__":
     parser.add_argument("--config", type=Path, default=CONFIG, help="arms, numbers of labels, schedule")
     parser.add_argument("--on", choices=("test", "val"), default="test", help="whom to score")
     args = parser.parse_args()
-    with tell_errors():
+    with exit_on_error():
         main(args.scans, args.out, args.config, args.on)

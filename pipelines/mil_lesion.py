@@ -19,7 +19,7 @@ import medcl
 from medcl import PretrainConfig
 from medcl.config.mil import MILEvaluateConfig, MILFitConfig, MILPredictConfig, MILPrepareConfig
 from medcl.dataset.phantom import write_phantoms
-from medcl.errors import tell_errors
+from medcl.errors import exit_on_error
 from medcl.mil.bags import read_bags
 from medcl.mil.evaluation import evaluate_bags, print_scores
 from medcl.mil.prepare import prepare_bags
@@ -87,5 +87,5 @@ def main(out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/lesion"))
-    with tell_errors():
+    with exit_on_error():
         main(parser.parse_args().out)

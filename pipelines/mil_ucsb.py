@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from medcl.config.mil import MILFitConfig, MILPrepareConfig, MILPretrainConfig
-from medcl.errors import tell_errors
+from medcl.errors import exit_on_error
 from medcl.mil.audit import BagAudit, audit_bags
 from medcl.mil.bag_set import load
 from medcl.mil.bags import Bag, classes_of, read_bags
@@ -86,5 +86,5 @@ if __name__ == "__main__":
     parser.add_argument("bags", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/ucsb"))
     arguments = parser.parse_args()
-    with tell_errors():
+    with exit_on_error():
         main(arguments.bags, arguments.out)

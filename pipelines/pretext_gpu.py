@@ -17,7 +17,7 @@ from typing import Any
 
 import medcl
 from medcl import PretrainConfig, ReportConfig
-from medcl.errors import tell_errors
+from medcl.errors import exit_on_error
 
 SIZE = [96, 96, 96]
 # options that are not a task's own defaults; a task that is not named here has none
@@ -92,5 +92,5 @@ if __name__ == "__main__":
     parser.add_argument("--rank_weight", type=float, default=0.0)
     parser.add_argument("--accelerator", default="gpu", choices=("gpu", "cpu"))
     parser.add_argument("--workers", type=int, default=8)
-    with tell_errors():
+    with exit_on_error():
         main(parser.parse_args())

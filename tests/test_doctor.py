@@ -9,7 +9,7 @@ import os
 import pytest
 
 from medcl import DoctorConfig
-from medcl.checkup import advice, allocator, doctor, told
+from medcl.checkup import advice, allocator, describe, doctor
 from medcl.cli import main
 
 SOUND = {
@@ -31,7 +31,7 @@ def changed(**parts) -> dict:
 
 def test_a_sound_machine_gets_no_advice():
     assert advice(SOUND) == []
-    assert "Nothing to change." in told({**SOUND, "advice": []})
+    assert "Nothing to change." in describe({**SOUND, "advice": []})
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_it_looks_at_this_machine_and_leaves_nothing(tmp_path, capsys):
     assert facts["store"]["crops_s"] > 0 and facts["step"]["seconds"] > 0
     assert facts["versions"]["torch"] != "missing"
     assert facts["threads"]["OMP_WAIT_POLICY"] == os.environ["OMP_WAIT_POLICY"]
-    text = told(doctor(DoctorConfig(store=str(tmp_path), quick=True)))
+    text = describe(doctor(DoctorConfig(store=str(tmp_path), quick=True)))
     assert "Step" not in text and "Allocator" in text
 
 

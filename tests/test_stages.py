@@ -144,7 +144,7 @@ def test_a_folder_with_two_labelled_subjects_trains_on_both(tmp_path, phantoms):
     [
         ({"steps": 0}, "--steps"),
         ({"lr": -1.0}, "--lr"),
-        ({"backbone": "resnet"}, "unknown backbone"),
+        ({"backbone": "resnet"}, "Give unet, dynunet or swin_unetr"),
         ({"task": "vocco"}, "Did you mean 'voco'"),
         ({"options": {"momentun": 1}}, "Did you mean 'momentum'"),
         ({"accelerator": "tpu"}, "--accelerator"),

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from medcl.config.groups import SplitSettings
+from medcl.config.kinds import Absent, Accelerator, Count, Natural, Settings
 
 
-@dataclass(frozen=True)
-class BenchmarkConfig:
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig(SplitSettings, Settings):
     """Does pretraining help? Arms at several numbers of labelled subjects, paired draw by draw, with intervals.
 
     Args:
@@ -28,37 +31,32 @@ class BenchmarkConfig:
             `draws` if there are to be others; every arm shares them.
         subjects: whom to score: `test`, or `val` while recipes are being chosen.
         plan: a plan.json to prepare by; by default one is derived from the scans.
-        test_fraction: share of labelled subjects held out for test.
-        val_fraction: share of labelled subjects held out for validation.
-        split_seed: seed of the split into training, validation and test subjects.
         parallel: trainings at a time; 0 takes one a core on a CPU, and four a device on a GPU.
-        accelerator: auto, cpu or gpu.
+        accelerator: what to train on.
         store: folder for prepared volumes; by default `$MEDCL_STORE`, or `~/.cache/medcl`.
         channel: which channel of 4D files to take.
         absent: what a structure counts that the reference and all runs lack: nothing, or one (Dice of 1).
     """
 
-    source: str
-    out: str
-    arms: dict[str, Any] = field(default_factory=dict)
-    labels: list[Any] = field(default_factory=lambda: ["1", "2", "4", "8", "all"])
-    draws: int = 3
+    source: str = field(kw_only=False)
+    out: str = field(kw_only=False)
+    arms: dict[str, Any] = field(default_factory=dict, kw_only=False)
+    labels: list[Any] = field(kw_only=False, default_factory=lambda: ["1", "2", "4", "8", "all"])
+    draws: Count = 3
     baseline: str = "scratch"
     pretrain: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
     by_labels: dict[str, Any] = field(default_factory=dict)
-    subjects: str = "test"
+    subjects: Literal["test", "val"] = "test"
     plan: str = ""
-    test_fraction: float = 0.25
-    val_fraction: float = 0.1
-    split_seed: int = 0
-    parallel: int = 0
-    accelerator: str = "auto"
+    parallel: Natural = 0
+    accelerator: Accelerator = "auto"
     store: str = ""
     channel: int | None = None
-    absent: str = "nothing"
+    absent: Absent = "nothing"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # YAML reads 2 as a number; a number of labels is a name here, as `all` is
         object.__setattr__(self, "labels", [str(labels) for labels in self.labels])
         object.__setattr__(self, "by_labels", {str(labels): options for labels, options in self.by_labels.items()})

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from medcl.config.kinds import (
+    Accelerator,
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Precision,
+    Settings,
+    Share,
+    ShareBelowOne,
+    Within,
+)
+
+Aggregators = Literal["mean", "max", "abmil", "gated_abmil", "clam_sb", "clam_mb", "dsmil", "transmil"]
 
 
 @dataclass(frozen=True)
-class MILPrepareConfig:
+class MILPrepareConfig(Settings):
     """Extract the features of every bag: slides, images, folders of patches, volumes or feature files.
 
     Args:
@@ -28,27 +43,27 @@ class MILPrepareConfig:
             something small from being drowned by features of what lies around it.
         pool: of what lies in a cell: `mean-max`, which also shows something smaller than a cell; or `mean`.
         seed: of random weights.
-        accelerator: auto, cpu or gpu.
+        accelerator: what to compute on.
     """
 
     bags: str
     out: str
     encoder: str = "resnet18"
-    tile: int = 256
-    mpp: float = 0.5
-    slide_mpp: float = 0.0
-    overlap: float = 0.0
-    tissue: float = 0.25
-    instances: str = "sub_volumes"
-    sub_volume: tuple[int, int, int] | None = None
-    maps: int = 0
-    pool: str = "mean-max"
-    seed: int = 0
-    accelerator: str = "auto"
+    tile: Annotated[int, Within(16)] = 256
+    mpp: NonNegative = 0.5
+    slide_mpp: NonNegative = 0.0
+    overlap: ShareBelowOne = 0.0
+    tissue: Share = 0.25
+    instances: Literal["sub_volumes", "slices", "cells"] = "sub_volumes"
+    sub_volume: tuple[Count, Count, Count] | None = None
+    maps: Natural = 0
+    pool: Literal["mean-max", "mean"] = "mean-max"
+    seed: Natural = 0
+    accelerator: Accelerator = "auto"
 
 
 @dataclass(frozen=True)
-class MILPretrainConfig:
+class MILPretrainConfig(Settings):
     """Pretrain a 2D encoder on the patches of bags, without labels.
 
     Args:
@@ -66,8 +81,8 @@ class MILPretrainConfig:
         warmup: share of the steps over which the learning rate rises.
         temperature: of the similarities.
         seed: of weights, tiles and views.
-        precision: auto, 32, bf16 or 16.
-        accelerator: auto, cpu or gpu.
+        precision: auto takes bf16 where the hardware multiplies in it, else 16 on a GPU and 32 on a CPU.
+        accelerator: what to compute on.
         checkpoint_every: steps between checkpoints.
         stop_on_collapse: end the run where the loss stands still at a trivial solution.
         resume: go on from the last checkpoint of `out`.
@@ -75,37 +90,37 @@ class MILPretrainConfig:
 
     bags: str
     out: str
-    method: str = "dcl"
+    method: Literal["simclr", "dcl"] = "dcl"
     encoder: str = "resnet18"
-    width: float = 1.0
-    tile: int = 96
-    mpp: float = 0.5
-    slide_mpp: float = 0.0
-    overlap: float = 0.0
-    tissue: float = 0.25
-    most_tiles: int = 20000
-    steps: int = 1000
-    batch_size: int = 64
-    lr: float = 1e-3
-    weight_decay: float = 1e-4
-    warmup: float = 0.05
-    temperature: float = 0.1
-    seed: int = 0
-    precision: str = "auto"
-    accelerator: str = "auto"
-    checkpoint_every: int = 200
+    width: Positive = 1.0
+    tile: Annotated[int, Within(32)] = 96
+    mpp: NonNegative = 0.5
+    slide_mpp: NonNegative = 0.0
+    overlap: ShareBelowOne = 0.0
+    tissue: Share = 0.25
+    most_tiles: Annotated[int, Within(2)] = 20000
+    steps: Count = 1000
+    batch_size: Annotated[int, Within(2)] = 64
+    lr: Positive = 1e-3
+    weight_decay: NonNegative = 1e-4
+    warmup: ShareBelowOne = 0.05
+    temperature: Positive = 0.1
+    seed: Natural = 0
+    precision: Precision = "auto"
+    accelerator: Accelerator = "auto"
+    checkpoint_every: Count = 200
     stop_on_collapse: bool = False
     resume: bool = False
 
 
 @dataclass(frozen=True)
-class MILFitConfig:
+class MILFitConfig(Settings):
     """Cross-validate and fit a classifier of bags.
 
     Args:
         bags: `bags.csv` whose paths are feature files, a folder written by `medcl mil prepare`, or a CSV of instances.
         out: run folder to write.
-        aggregator: mean, max, abmil, gated_abmil, clam_sb, clam_mb, dsmil or transmil.
+        aggregator: how instances become a bag.
         options: options of the aggregator, such as `--options.hidden 128`.
         method: `plain`; `sc` for supervised contrast over bags (SC-MIL); or `ins` for a classifier of instances trained
             from bag labels (INS), which is an aggregator of its own: `options` are then its options.
@@ -115,42 +130,42 @@ class MILFitConfig:
         batch_size: bags a step.
         lr: peak learning rate.
         weight_decay: AdamW weight decay.
-        balance: against unequal classes: `none`, `weights` in the loss, or `sampling`.
+        balance: against unequal classes: weights in the loss, or sampling.
         most_instances: instances drawn at random from a larger bag in every training step; 0 takes all.
         temperature: of the supervised contrast.
-        schedule: how its weight falls: linear, parabolic or cosine.
+        schedule: how its weight falls.
         memory: earlier bags it compares with.
         seed: of weights, order, dropout and folds.
         final: fit one more model on all bags, for `medcl mil predict`.
-        accelerator: auto, cpu or gpu.
+        accelerator: what to compute on.
         allow_leakage: go on where the encoder has seen bags that are held out; every result is then marked. `false`
             makes it an error.
     """
 
     bags: str
     out: str
-    aggregator: str = "gated_abmil"
+    aggregator: Aggregators = "gated_abmil"
     options: dict[str, Any] = field(default_factory=dict)
-    method: str = "plain"
-    folds: int = 5
-    repeats: int = 1
-    epochs: int = 40
-    batch_size: int = 8
-    lr: float = 5e-4
-    weight_decay: float = 0.01
-    balance: str = "weights"
-    most_instances: int = 0
-    temperature: float = 0.1
-    schedule: str = "parabolic"
-    memory: int = 64
-    seed: int = 0
+    method: Literal["plain", "sc", "ins"] = "plain"
+    folds: Annotated[int, Within(2)] = 5
+    repeats: Count = 1
+    epochs: Count = 40
+    batch_size: Count = 8
+    lr: Positive = 5e-4
+    weight_decay: NonNegative = 0.01
+    balance: Literal["none", "weights", "sampling"] = "weights"
+    most_instances: Natural = 0
+    temperature: Positive = 0.1
+    schedule: Literal["linear", "parabolic", "cosine"] = "parabolic"
+    memory: Natural = 64
+    seed: Natural = 0
     final: bool = True
-    accelerator: str = "auto"
+    accelerator: Accelerator = "auto"
     allow_leakage: bool = True
 
 
 @dataclass(frozen=True)
-class MILPredictConfig:
+class MILPredictConfig(Settings):
     """Class probabilities and attention of bags.
 
     Args:
@@ -168,7 +183,7 @@ class MILPredictConfig:
 
 
 @dataclass(frozen=True)
-class MILEvaluateConfig:
+class MILEvaluateConfig(Settings):
     """Scores of class probabilities with intervals over groups.
 
     Args:

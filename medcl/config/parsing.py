@@ -6,11 +6,12 @@ import dataclasses
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Union
 
 import medcl.config
 from medcl.config import from_mapping, nearest
 from medcl.config.benchmark import recipes_near
+from medcl.config.kinds import kinds_of, remedy
 from medcl.errors import MedclError
 
 
@@ -20,20 +21,13 @@ def parse(command: str, positional: Sequence[str], config_name: str, args: list[
     Precedence: the dataclass's defaults, then `--config FILE.yaml`, then flags.
 
     Raises:
-        MedclError: an unknown option or key (the nearest known one is named), or a value of the wrong kind.
+        MedclError: an unknown option or key (the nearest known one is named), or a value that cannot be used.
     """
-    from argparse import SUPPRESS
-
-    from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+    from jsonargparse import Namespace
 
     kind = getattr(medcl.config, config_name)
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    parser = ArgumentParser(
-        prog=f"medcl {command}", description=(kind.__doc__ or "").split("\n")[0], exit_on_error=False
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
-    parser.add_class_arguments(kind, as_group=False)
-    parser.add_argument("--stage", help=SUPPRESS)  # in the config.yaml of a run
+    parser = _parser(command, kind)
     if any(arg in ("-h", "--help") for arg in args):
         print(_help(parser.format_help(), command, positional, fields))
         return None
@@ -46,12 +40,84 @@ def parse(command: str, positional: Sequence[str], config_name: str, args: list[
     try:
         parsed: Namespace = parser.parse_args(flags)
     except Exception as error:  # jsonargparse and argparse raise several kinds
-        raise MedclError(_tidy(str(error)), f"medcl {command}", f"See medcl {command} --help.") from None
+        raise _refused(str(error), command, kind) from None
     values = {k: _nested(v) if k == "options" else v for k, v in parsed.as_dict().items() if k in fields}
     for flag in flags:
         if flag.startswith("--config=") and "arms" in values:
             values["arms"] = recipes_near(values["arms"], flag.split("=", 1)[1])
     return from_mapping(kind, values, f"medcl {command}")
+
+
+def _parser(command: str, kind: Any) -> Any:
+    """jsonargparse's parser of a dataclass: its own fields first, then those that it shares with other stages."""
+    from argparse import SUPPRESS, RawDescriptionHelpFormatter
+
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=f"medcl {command}", description=(kind.__doc__ or "").split("\n")[0], exit_on_error=False,
+        formatter_class=RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
+    parser.add_argument("--stage", help=SUPPRESS)  # in the config.yaml of a run
+    kinds, texts, owners = kinds_of(kind), _documented(kind), _owners(kind)
+    groups: dict[Any, Any] = {kind: parser}
+    fields = sorted(dataclasses.fields(kind), key=lambda f: (kind.__mro__.index(owners[f.name]), not _required(f)))
+    for field in fields:
+        name, owner, what = field.name, owners[field.name], kinds[field.name]
+        if owner not in groups:
+            groups[owner] = parser.add_argument_group((owner.__doc__ or "").split("\n")[0].rstrip("."))
+        default = _default(field)
+        notes = [] if what.choices or what.plain in (bool, str) else [what.describe()]
+        if _required(field):
+            notes.append("required")
+        elif default not in ("", None, {}, []):
+            notes.append(f"default: {str(default).lower() if isinstance(default, bool) else default}")
+        choices = ("true", "false") if what.plain is bool else tuple(c for c in what.choices if c != "")
+        groups[owner].add_argument(
+            f"--{name}", type=Union[what.plain, None] if what.optional else what.plain, default=default,
+            required=_required(field), metavar="{" + ",".join(map(str, choices)) + "}" if choices else name.upper(),
+            help=f"{texts[name]} ({', '.join(notes)})" if notes else texts[name],
+        )  # fmt: skip
+    return parser
+
+
+def _owners(kind: Any) -> dict[str, type]:
+    """For every field the settings that it belongs to: the stage's own, or those that it shares with other stages."""
+    owners: dict[str, type] = {}
+    for cls in reversed(kind.__mro__):
+        for name in vars(cls).get("__annotations__", {}):
+            owners.setdefault(name, cls)
+    return owners
+
+
+def _documented(kind: Any) -> dict[str, str]:
+    """What the docstrings say of every field, as one line."""
+    import docstring_parser
+
+    texts: dict[str, str] = {}
+    for cls in reversed(kind.__mro__):
+        for entry in docstring_parser.parse(cls.__doc__ or "").params if dataclasses.is_dataclass(cls) else ():
+            for name in entry.arg_name.split(", "):
+                texts[name] = " ".join((entry.description or "").split()).replace("%", "%%")
+    return texts
+
+
+def _default(field: Any) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return None if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _refused(message: str, command: str, kind: Any) -> MedclError:
+    """What a parser refuses, in terms of the field where it names one."""
+    text = _tidy(message)
+    named = re.match(r'"?([a-z_0-9]+)"?(?=[\s:."])', text)
+    value = re.search(r".*(?:Got|Given) value: (.*)$", text)
+    if named and named.group(1) in kinds_of(kind) and value:
+        return MedclError(f"{value.group(1)} cannot be used", f"--{named.group(1)}",
+                          remedy(kinds_of(kind)[named.group(1)], value.group(1)))  # fmt: skip
+    return MedclError(text, f"medcl {command}", f"See medcl {command} --help.")
 
 
 def _named(args: list[str], positional: Sequence[str], fields: dict[str, Any]) -> list[str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from medcl.config.kinds import Absent, Accelerator, Natural, NonNegative, Precision, Settings, ShareBelowOne
 
 
 @dataclass(frozen=True)
-class PredictConfig:
+class PredictConfig(Settings):
     """Write label maps on each input's own grid.
 
     Args:
@@ -16,24 +19,24 @@ class PredictConfig:
         subjects: `all`, or `train`, `val` or `test` for that part of the run's own split.
         overlap: share by which neighbouring windows overlap.
         mirror: average over mirrored inputs; only for anatomy without sides.
-        precision: auto, 32, bf16 or 16.
-        accelerator: auto, cpu or gpu.
+        precision: auto takes bf16 where the hardware multiplies in it, else 16 on a GPU and 32 on a CPU.
+        accelerator: what to predict on.
         channel: which channel of 4D files to take.
     """
 
     run: str
     input: str
     output: str
-    subjects: str = "all"
-    overlap: float = 0.5
+    subjects: Literal["all", "train", "val", "test"] = "all"
+    overlap: ShareBelowOne = 0.5
     mirror: bool = False
-    precision: str = "auto"
-    accelerator: str = "auto"
+    precision: Precision = "auto"
+    accelerator: Accelerator = "auto"
     channel: int | None = None
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """Dice, 95% Hausdorff distance and normalised surface distance, with intervals over subjects.
 
     Args:
@@ -51,15 +54,15 @@ class EvaluateConfig:
     predictions: str
     reference: str = ""
     out: str = ""
-    subjects: str = "test"
-    tolerance: float = 1.0
+    subjects: Literal["test", "val"] = "test"
+    tolerance: NonNegative = 1.0
     allow_leakage: bool = False
     channel: int | None = None
-    absent: str = "nothing"
+    absent: Absent = "nothing"
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Settings):
     """Paired comparison of two arms, run by run.
 
     Args:
@@ -74,11 +77,11 @@ class CompareConfig:
     baseline: list[str]
     out: str = "comparison"
     names: tuple[str, str] = ("pretrained", "scratch")
-    absent: str = "nothing"
+    absent: Absent = "nothing"
 
 
 @dataclass(frozen=True)
-class AuditConfig:
+class AuditConfig(Settings):
     """Were volumes that are tested on seen in training?
 
     Args:
@@ -97,11 +100,11 @@ class AuditConfig:
     out: str = ""
     store: str = ""
     channel: int | None = None
-    workers: int = 0
+    workers: Natural = 0
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Settings):
     """Write report.html of a run again.
 
     Args:
@@ -112,22 +115,22 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Settings):
     """Weights for the plain MONAI class.
 
     Args:
         run: run folder of a pretraining or fine-tuning.
-        to: the only format so far is monai.
+        to: the format; there is one so far.
         out: folder to write; by default `RUN/export`.
     """
 
     run: str
-    to: str = "monai"
+    to: Literal["monai"] = "monai"
     out: str = ""
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(Settings):
     """Versions, devices, threads, allocator and disk speed of this machine, a timed step, and what to change.
 
     Args:

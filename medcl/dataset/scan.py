@@ -254,7 +254,7 @@ def _inspect(task: tuple[Path, Case, int | None, bool]) -> _Result:
             notes=notes,
         )
     except Exception as error:
-        return _Result(None, (_told(root, error, case.image[0]),))
+        return _Result(None, (_problem_of(root, error, case.image[0]),))
     if case.label is None:
         return _Result(case, (), digest)
     try:
@@ -271,7 +271,7 @@ def _inspect(task: tuple[Path, Case, int | None, bool]) -> _Result:
             pick_channel(label, None, path)
             checks.check_grid(_blank(label), image, path)
     except Exception as error:
-        problem = _told(root, error, case.label)
+        problem = _problem_of(root, error, case.label)
         told = replace(problem, what=f"{problem.what}; its image {case.image[0]} is kept as unlabelled")
         return _Result(replace(case, label=None), (told,), digest)
     return _Result(case, (), digest)
@@ -282,7 +282,7 @@ def _blank(header: Header) -> Volume:
     return Volume(np.broadcast_to(np.uint8(0), header.shape[:3]), header.affine)
 
 
-def _told(root: Path, error: Exception, path: str) -> Problem:
+def _problem_of(root: Path, error: Exception, path: str) -> Problem:
     if isinstance(error, MedclError):
         return _problem(root, error, path)
     reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__

@@ -9,7 +9,6 @@ from typing import Any
 
 from medcl.config import BenchmarkConfig, FinetuneConfig, PretrainConfig, from_mapping, nearest
 from medcl.errors import MedclError
-from medcl.evaluation.absence import check_absent
 
 # What an arm may do in fine-tuning by itself. Everything else is the same for all arms, or it would be no comparison.
 OWN = ("pretrained_lr", "frozen", "layer_decay", "semi", "semi_options", "mix", "core_tuning")
@@ -96,18 +95,13 @@ def _check(config: BenchmarkConfig) -> None:
         raise MedclError("no arms to compare", "arms", "Name some; configs/ has examples.")
     if config.baseline not in config.arms:
         raise MedclError(f"{config.baseline!r} is no arm", "baseline", nearest(config.baseline, config.arms))
-    if config.draws < 1 or not config.labels:
-        raise MedclError("nothing to run", "draws, labels", "Give at least one of each.")
+    if not config.labels:
+        raise MedclError("nothing to run", "labels", "Give at least one number.")
     for labels in config.labels:
         if labels != "all" and not (labels.isdecimal() and int(labels) > 0):
             raise MedclError(f"{labels!r} is no number of labelled subjects", "labels", "Give 1 or more, or all.")
     if len(set(config.labels)) < len(config.labels):
         raise MedclError("the same number stands there twice", "labels", "Name each once; `draws` repeats them.")
-    check_absent(config.absent)
-    if config.subjects not in ("test", "val"):
-        raise MedclError(f"unknown subjects {config.subjects!r}", "subjects", "Use test, or val to choose recipes by.")
-    if config.parallel < 0:
-        raise MedclError("negative", "parallel", "Give 0 or more.")
     unknown = set(config.by_labels) - set(config.labels)
     if unknown:
         raise MedclError(f"{sorted(unknown)[0]!r} is not among the labels", "by_labels", "Quote numbers: '2'.")

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medcl.config import BenchmarkConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
 from medcl.efficiency.grid import make_grid
@@ -24,7 +24,7 @@ from medcl.runtime.precision import choose_precision, keep_precision, name_of
 from medcl.runtime.run import follow_log, is_finished, log, read_config, setup_log, write_config, write_provenance
 from medcl.runtime.training import choose_accelerator, hours
 from medcl.store.plan import Plan
-from medcl.store.stage import describe, load_source, plan_for, prepare_all, tell_problems
+from medcl.store.stage import describe, load_source, log_problems, plan_for, prepare_all
 
 ON_A_GPU = 4  # trainings at a time
 
@@ -34,7 +34,7 @@ class _Task:
     """A training to be done in a process: a pretraining, or a fine-tuning with its evaluation."""
 
     config: PretrainConfig | FinetuneConfig
-    subjects: str
+    subjects: Literal["test", "val"]
     threads: int
 
 
@@ -106,7 +106,7 @@ def _manifest(config: BenchmarkConfig) -> str:
     if not path.exists():
         manifest = load_source(config.source, config.channel)
         log.info("%s: %s.", config.source, describe(manifest))
-        tell_problems(manifest)
+        log_problems(manifest)
         manifest.save(path)
     return str(path)
 

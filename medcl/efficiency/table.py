@@ -17,7 +17,7 @@ from medcl.evaluation.absence import (
     absences,
     how_absent,
     other_rule,
-    settled,
+    with_absence_rule,
 )  # fmt: skip
 from medcl.evaluation.evaluate import Row, mean_over_classes, read_scores
 from medcl.evaluation.metrics import MEASURES
@@ -37,7 +37,7 @@ from medcl.evaluation.statistics import (
     holm,
     paired_difference,
 )
-from medcl.leakage.audit import told
+from medcl.leakage.audit import notes_on
 from medcl.runtime.files import read_json, write_json, write_text
 
 VERSION = 1
@@ -59,7 +59,7 @@ def summarise(config: BenchmarkConfig, grid: Grid) -> dict[str, Any]:
         for labels in numbers
         if grid.runs(arm, labels)
     }
-    same = _settled(scores, config.absent)
+    same = _over_same_structures(scores, config.absent)
     rows = {
         key: [{**row, "draw": draw} for draw, scored in enumerate(runs) for row in mean_over_classes(scored)]
         for key, runs in same.items()
@@ -98,9 +98,9 @@ def summarise(config: BenchmarkConfig, grid: Grid) -> dict[str, Any]:
     }
 
 
-def _settled(scores: Scores, absent: str) -> Scores:
+def _over_same_structures(scores: Scores, absent: str) -> Scores:
     """All runs over the same structures, so that arms and numbers of labels can be read against each other."""
-    rows = iter(settled([rows for runs in scores.values() for rows in runs], absent))
+    rows = iter(with_absence_rule([rows for runs in scores.values() for rows in runs], absent))
     return {key: [next(rows) for _ in runs] for key, runs in scores.items()}
 
 
@@ -119,7 +119,7 @@ def _sensitivity(scores: Scores, config: BenchmarkConfig) -> list[str]:
     if not n:
         return []
     rule = other_rule(config.absent)
-    paired, p = _differences(_settled(scores, rule), config.baseline)
+    paired, p = _differences(_over_same_structures(scores, rule), config.baseline)
     return [
         f"A class of a case is absent from reference and prediction {counted(n, 'time')}, over all runs; where no run "
         f"invents it, it {COUNTS[config.absent]}. {INSTEAD[rule].capitalize()} there:",
@@ -135,7 +135,7 @@ def _stamps(config: BenchmarkConfig, grid: Grid) -> tuple[list[str], list[str]]:
         path = Path(cell.config.out) / config.subjects / "evaluation.json"
         result = read_json(path) if path.exists() else {}
         leakage = result.get("leakage") or ()
-        found.update({(line in leakage, f"{cell.arm}: {line}"): None for line in told(result)})
+        found.update({(line in leakage, f"{cell.arm}: {line}"): None for line in notes_on(result)})
     return [line for marked, line in found if marked], [line for marked, line in found if not marked]
 
 
@@ -148,8 +148,8 @@ def _gaps(scores: Mapping[tuple[str, str], Sequence[Sequence[Row]]], baseline: s
             lacking = sorted(every - {row["case"] for row in rows})
             if lacking:
                 lines.append(
-                    f"{arm} at {told_labels(labels)}, draw {draw}: {counted(len(lacking), 'case')} not scored, such as "
-                    f"{lacking[0]}; differences are over the subjects that an arm and {baseline} both have"
+                    f"{arm} at {describe_labels(labels)}, draw {draw}: {counted(len(lacking), 'case')} not scored, "
+                    f"such as {lacking[0]}; differences are over the subjects that an arm and {baseline} both have"
                 )
     return lines
 
@@ -165,10 +165,10 @@ def sentence(arm: str, labels: str, difference: PairedDifference, p: float, base
         "few subjects": f"too few subjects to say (at least {MIN_SUBJECTS})",
         "few draws": f"too few draws to say (at least {MIN_DRAWS})",
     }[_verdict(difference, p)]
-    return f"{arm} at {told_labels(labels)}: {format_difference(interval, DICE)}, {format_p(p)}, {size}: {said}"
+    return f"{arm} at {describe_labels(labels)}: {format_difference(interval, DICE)}, {format_p(p)}, {size}: {said}"
 
 
-def told_labels(labels: str) -> str:
+def describe_labels(labels: str) -> str:
     return "all labels" if labels == "all" else counted(int(labels), "label")
 
 

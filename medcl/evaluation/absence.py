@@ -46,7 +46,7 @@ def row_key(row: Row) -> tuple[str, str, int]:
     return row["case"], row["subject"], row["class"]
 
 
-def settled(runs: Sequence[Sequence[Row]], absent: str = "nothing") -> list[list[Row]]:
+def with_absence_rule(runs: Sequence[Sequence[Row]], absent: str = "nothing") -> list[list[Row]]:
     """The rows of runs that are looked at together, with what a right absence counts filled in.
 
     Args:

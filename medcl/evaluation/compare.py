@@ -19,7 +19,7 @@ from medcl.evaluation.absence import (
     how_absent,
     other_rule,
     row_key,
-    settled,
+    with_absence_rule,
 )  # fmt: skip
 from medcl.evaluation.evaluate import Row
 from medcl.evaluation.metrics import MEASURES
@@ -76,7 +76,7 @@ def compare(
     """
     check_absent(absent)
     raw = pair_runs([load_arm(run) for run in runs], [load_arm(run) for run in baseline])
-    pairs = _settled(raw, absent)
+    pairs = _over_same_structures(raw, absent)
     joined = [row for first, second in pairs for row in _join(first, second)]
     overall = _overall(pairs)
     classes = {row["class"]: row["name"] for row in joined}
@@ -156,9 +156,9 @@ def comparison_cells(entry: Mapping[str, Any], metric: str) -> list[str]:
     ]
 
 
-def _settled(pairs: Sequence[tuple[Arm, Arm]], absent: str) -> list[tuple[Arm, Arm]]:
+def _over_same_structures(pairs: Sequence[tuple[Arm, Arm]], absent: str) -> list[tuple[Arm, Arm]]:
     """The pairs over the same structures in all arms and draws."""
-    rows = iter(settled([arm.rows for pair in pairs for arm in pair], absent))
+    rows = iter(with_absence_rule([arm.rows for pair in pairs for arm in pair], absent))
     return [(replace(first, rows=next(rows)), replace(second, rows=next(rows))) for first, second in pairs]
 
 
@@ -176,7 +176,7 @@ def _sensitivity(
     invented = [sum(row["outcome"] == "invented" for pair in raw for row in pair[i].rows) for i in (0, 1)]
     told = ", ".join(f"{statistics.counted(n, 'time')} by {name}" for n, name in zip(invented, names, strict=True))
     rule = other_rule(absent)
-    other = _paired(_overall(_settled(raw, rule)), PRIMARY, seed, samples)
+    other = _paired(_overall(_over_same_structures(raw, rule)), PRIMARY, seed, samples)
     if not other.interval.n_subjects:
         return []
     return [

@@ -17,13 +17,13 @@ from medcl.dataset.case import Case, Manifest
 from medcl.dataset.checks import check_grid, check_label_values
 from medcl.errors import MedclError
 from medcl.evaluation import statistics
-from medcl.evaluation.absence import COUNTS, INSTEAD, absences, check_absent, how_absent, other_rule, settled
+from medcl.evaluation.absence import COUNTS, INSTEAD, absences, check_absent, how_absent, other_rule, with_absence_rule
 from medcl.evaluation.metrics import MEASURES, OUTCOMES, segmentation_scores
 from medcl.evaluation.statistics import Interval, bootstrap_mean, counted
 from medcl.io.formats import volume_suffix
 from medcl.io.geometry import Volume, to_canonical
 from medcl.io.volumes import read_volume
-from medcl.leakage.audit import checked, told
+from medcl.leakage.audit import checked, notes_on
 from medcl.runtime.files import read_json, write_json, write_text
 from medcl.runtime.run import log
 
@@ -112,7 +112,7 @@ def score_folder(
         "tolerance_mm": tolerance_mm,
         "leakage": audit["leakage"],
         "audit": dict(audit),
-        **summarise(settled([rows], absent)[0], classes),
+        **summarise(with_absence_rule([rows], absent)[0], classes),
         "absent": _absent(rows, classes, absent),
         "missing_predictions": [case.id for case in cases if case.id not in found],
         "unscored_predictions": unscored,
@@ -226,7 +226,7 @@ def interval_cells(entry: Mapping[str, Any]) -> list[str]:
 
 def notices(result: Mapping[str, Any]) -> list[str]:
     """Whatever should keep a reader from taking the means at face value, a sentence each."""
-    lines = told(result)
+    lines = notes_on(result)
     if missing := result["missing_predictions"]:
         lines.append(f"no prediction, so in no mean, for {counted(len(missing), 'labelled case')}: {_listed(missing)}")
     for problem in result.get("unscored_predictions", {}).values():
@@ -237,7 +237,7 @@ def notices(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"class {value} is predicted in {counted(count, 'case')} but no reference holds it: it is not scored"
         )
-    lines += _told_absent(result.get("absent", {}))
+    lines += _describe_absent(result.get("absent", {}))
     for entry in result["classes"]:
         for outcome in ("missed", "invented"):
             if count := entry["outcomes"][outcome]:
@@ -250,11 +250,11 @@ def _absent(rows: Sequence[Row], classes: Mapping[int, str], absent: str) -> dic
     """The rule for absent classes, how often it applies, and the overall means by the other rule."""
     told: dict[str, Any] = {"counts": absent, "n": absences([rows])}
     if told["n"]:
-        told["otherwise"] = summarise(settled([rows], other_rule(absent))[0], {})["mean"]
+        told["otherwise"] = summarise(with_absence_rule([rows], other_rule(absent))[0], {})["mean"]
     return told
 
 
-def _told_absent(absent: Mapping[str, Any]) -> list[str]:
+def _describe_absent(absent: Mapping[str, Any]) -> list[str]:
     if not absent.get("n"):
         return []
     dice = statistics.format_interval(Interval.from_dict(absent["otherwise"]["dice"]), MEASURES["dice"])

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from medcl.errors import MedclError
-from medcl.evaluation.absence import row_key, settled
+from medcl.evaluation.absence import row_key, with_absence_rule
 from medcl.evaluation.evaluate import Row, mean_over_classes, read_scores
 from medcl.evaluation.metrics import MEASURES
-from medcl.leakage.audit import told
+from medcl.leakage.audit import notes_on
 from medcl.runtime.files import read_json
 from medcl.runtime.run import read_config
 
@@ -72,7 +72,7 @@ def load_arm(run: Path) -> Arm:
     result = run / "test" / "evaluation.json"
     scores = read_json(result) if result.exists() else {}
     leakage = tuple(scores.get("leakage") or ())
-    unchecked = tuple(line for line in told(scores) if line not in leakage)
+    unchecked = tuple(line for line in notes_on(scores) if line not in leakage)
     return Arm(run, config, split, plan, contract.get("backbone", {}), rows, leakage, unchecked)
 
 
@@ -134,9 +134,9 @@ def paired_means(first: Sequence[Row], second: Sequence[Row]) -> list[Row]:
     """Means over classes of the cases that both have: every metric, and the other's as `<metric>_baseline`.
 
     Means over unlike classes are not comparable. So a class that the reference lacks counts for both as soon as one
-    invents it (`absence.settled`), and HD95 counts where both have a distance.
+    invents it (`absence.with_absence_rule`), and HD95 counts where both have a distance.
     """
-    ours, theirs = ({row_key(row): row for row in rows} for rows in settled([first, second]))
+    ours, theirs = ({row_key(row): row for row in rows} for rows in with_absence_rule([first, second]))
     shared = [key for key in ours if key in theirs]
     other = {row["case"]: row for row in mean_over_classes(_blanked(theirs[key], ours[key]) for key in shared)}
     return [

@@ -50,8 +50,6 @@ def _evaluate_run(run: Path, config: EvaluateConfig) -> dict[str, Any]:
     manifest = (
         load_source(config.reference, config.channel) if config.reference else Manifest.load(run / "manifest.json")
     )
-    if config.subjects not in ("test", "val"):
-        raise MedclError(f"unknown subjects {config.subjects!r}", "--subjects", "Use test or val.")
     split = Split.load(run / "split.json")
     subjects = getattr(split, config.subjects)
     cases = cases_of(manifest, subjects, labelled=True)

@@ -20,7 +20,7 @@ from medcl.leakage.matching import THRESHOLD
 from medcl.leakage.seen import SELECTION, Seen, SeenVolume, seen_by, seen_in
 from medcl.runtime.files import read_json, write_json
 from medcl.runtime.run import log, setup_log
-from medcl.store.stage import describe, load_source, tell_problems
+from medcl.store.stage import describe, load_source, log_problems
 
 AUDIT_VERSION = 1
 KINDS = {
@@ -102,10 +102,10 @@ def _validates(volume: SeenVolume, case: SeenVolume) -> bool:
 
 
 def _overlap(kind: str, case: SeenVolume, volume: SeenVolume, score: float | None = None) -> Overlap:
-    return Overlap(kind, case.name, _told(volume), score, volume.stage == SELECTION)
+    return Overlap(kind, case.name, _describe_seen(volume), score, volume.stage == SELECTION)
 
 
-def _told(volume: SeenVolume) -> str:
+def _describe_seen(volume: SeenVolume) -> str:
     return volume.name or f"{'validation' if volume.stage == SELECTION else volume.stage} {volume.run}"
 
 
@@ -211,7 +211,7 @@ def checked(
     }
 
 
-def told(result: Mapping[str, Any]) -> list[str]:
+def notes_on(result: Mapping[str, Any]) -> list[str]:
     """What must stand beside the numbers of an evaluation: leakage first, then what was not checked for it."""
     leakage = list(result.get("leakage") or ())
     if "audit" not in result:
@@ -246,7 +246,7 @@ def _scans(source: str, config: AuditConfig) -> tuple[Seen, list[Overlap]]:
     """The volumes of a folder, and those that a scan sets aside because they stand there under another subject too."""
     manifest = load_source(source, config.channel)
     log.info("%s: %s.", source, describe(manifest))
-    tell_problems(manifest)
+    log_problems(manifest)
     twins = [Overlap("exact", problem.file, problem.twin) for problem in manifest.problems if problem.twin]
     return seen_in(manifest, manifest.cases, store=config.store, workers=config.workers), twins
 

@@ -36,7 +36,7 @@ def region_corners(size: Sequence[int], region: int, along: int) -> tuple[Tensor
     return torch.tensor(list(itertools.product(*places))), extent
 
 
-def nearest_apart(corners: Tensor, extent: Sequence[int], spacing: Sequence[float], count: int) -> Tensor:
+def nearest_disjoint(corners: Tensor, extent: Sequence[int], spacing: Sequence[float], count: int) -> Tensor:
     """Which regions are negatives of which: the `count` nearest, in mm, that share no voxel with it.
 
     Args:
@@ -66,7 +66,7 @@ def local_masks(
 
     Args:
         strategy: one of `STRATEGIES`.
-        near: `nearest_apart`, (R, R).
+        near: `nearest_disjoint`, (R, R).
         valid: whether the second view shows the place of a region, (N, R).
         volume: a read's volume, (N,).
         partition: a read's partition, (N,).

@@ -86,7 +86,7 @@ class BagAudit:
                 "Use an encoder that has not seen these bags, or add --allow_leakage, which marks every result.",
             )  # fmt: skip
 
-    def tell(self) -> None:
+    def log(self) -> None:
         for gap in self.gaps:
             log.info("Audit: %s.", gap)
         for line in self.leakage:

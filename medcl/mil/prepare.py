@@ -36,9 +36,6 @@ from medcl.runtime.training import choose_accelerator, hours
 from medcl.store.plan import Plan, round_up
 from medcl.store.prepare import prepare_image
 
-POOLS = ("mean-max", "mean")
-INSTANCES = ("sub_volumes", "slices", "cells")
-
 
 def prepare_bags(config: MILPrepareConfig) -> Path:
     """Extracts the features of every bag of a table.
@@ -51,7 +48,6 @@ def prepare_bags(config: MILPrepareConfig) -> Path:
         MedclError: a setting cannot work, or no bag can be used.
     """
     began = time.monotonic()
-    check(config)
     bags, out = read_bags(config.bags), Path(config.out)
     device = "cuda" if choose_accelerator(config.accelerator) == "gpu" else "cpu"
     encoder = instance_encoder(config.encoder, config.seed).to(device)
@@ -72,7 +68,7 @@ def prepare_bags(config: MILPrepareConfig) -> Path:
             features, meta = current(path, recipe), {"source": str(bag.path.resolve()), "recipe": recipe}
             extracted = features is not None
             if features is None and kind == "volume":
-                features = of_volume(bag, encoder, plan, config, device)
+                features = volume_features(bag, encoder, plan, config, device)
             elif features is None:
                 found = patches_of(bag, tiling, config.slide_mpp)
                 features = Features(encode(found, encoder, device), found.coordinates, encoder.identity, found.meta)
@@ -95,23 +91,6 @@ def prepare_bags(config: MILPrepareConfig) -> Path:
     log.info("%d bags in %s, %d of them extracted now by %s; %d set aside.",
              len(done), out, fresh, encoder.identity, len(aside))  # fmt: skip
     return out
-
-
-def check(config: MILPrepareConfig) -> None:
-    """Refuses settings that cannot work, before anything is read."""
-    for name, good, remedy in (
-        ("tile", config.tile >= 16, "Give 16 or more pixels."),
-        ("mpp", config.mpp >= 0, "Give microns per pixel, or 0 for pixels as they are."),
-        ("slide_mpp", config.slide_mpp >= 0, "Give microns per pixel, or 0."),
-        ("overlap", 0 <= config.overlap < 1, "Give a share from 0 to below 1."),
-        ("pool", config.pool in POOLS, f"Use one of {', '.join(POOLS)}."),
-        ("maps", config.maps >= 0, "Give the number of maps, or 0 for all."),
-        ("tissue", 0 <= config.tissue <= 1, "Give a share from 0 to 1."),
-        ("instances", config.instances in INSTANCES, f"Use one of {', '.join(INSTANCES)}."),
-        ("sub_volume", config.sub_volume is None or min(config.sub_volume) > 0, "Give three positive numbers."),
-    ):
-        if not good:
-            raise MedclError(f"{getattr(config, name)} cannot work", f"--{name}", remedy)
 
 
 def recipe_of(bag: Bag, encoder: InstanceEncoder, tiling: Tiling, config: MILPrepareConfig) -> str:
@@ -173,7 +152,9 @@ def encode(found: Instances, encoder: InstanceEncoder, device: str) -> np.ndarra
     return np.concatenate(rows)
 
 
-def of_volume(bag: Bag, encoder: InstanceEncoder, plan: Plan | None, config: MILPrepareConfig, device: str) -> Features:
+def volume_features(
+    bag: Bag, encoder: InstanceEncoder, plan: Plan | None, config: MILPrepareConfig, device: str
+) -> Features:
     """Features of a scan's sub-volumes, slices or cells, prepared as the encoder has seen its own scans.
 
     Raises:

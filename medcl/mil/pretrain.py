@@ -35,8 +35,6 @@ from medcl.store.signature import subject_hash
 from medcl.transforms.patches import random_patch_view
 from medcl.transforms.random import mix_seeds
 
-METHODS = ("simclr", "dcl")
-
 
 class PatchContrast(nn.Module):
     """Two views of a patch are alike, those of other patches are not."""
@@ -127,7 +125,6 @@ def pretrain_patches(config: MILPretrainConfig) -> Path:
         MedclError: a setting cannot work, or there are too few patches; told before any training.
     """
     began = time.monotonic()
-    check(config)
     accelerator = choose_accelerator(config.accelerator)
     precision = choose_precision(config.precision, accelerator, config.out if config.resume else "")
     bags = read_bags(config.bags)
@@ -156,20 +153,6 @@ def pretrain_patches(config: MILPretrainConfig) -> Path:
     write_provenance(run, began, accelerator=accelerator, precision=precision, seed=config.seed, resumed_at=first)
     log.info("Encoder in %s after %s.", run / "weights", hours(time.monotonic() - began))
     return run
-
-
-def check(config: MILPretrainConfig) -> None:
-    """Refuses settings that cannot work, before anything is read."""
-    if config.method not in METHODS:
-        raise MedclError(f"unknown method {config.method!r}", "--method", f"Use one of {', '.join(METHODS)}.")
-    for name, least in (("steps", 1), ("batch_size", 2), ("tile", 32), ("most_tiles", 2), ("checkpoint_every", 1)):
-        if getattr(config, name) < least:
-            raise MedclError(f"{getattr(config, name)} is too few", f"--{name}", f"Give at least {least}.")
-    for name in ("lr", "temperature", "width"):
-        if not getattr(config, name) > 0:
-            raise MedclError(f"{getattr(config, name)} is not positive", f"--{name}", "Give a positive number.")
-    if not (0 <= config.warmup < 1 and 0 <= config.overlap < 1):
-        raise MedclError("is no share", "--warmup or --overlap", "Give 0 or more, below 1.")
 
 
 def gather_tiles(bags: tuple[Bag, ...], config: MILPretrainConfig) -> tuple[np.ndarray, list[Bag]]:

@@ -14,19 +14,16 @@ import numpy as np
 from medcl.config.mil import MILFitConfig, MILPredictConfig
 from medcl.errors import MedclError
 from medcl.leakage.seen import save_seen
-from medcl.losses.bags import SCHEDULES
 from medcl.mil.audit import FITTING, audit_bags, classifier_of, record_of
 from medcl.mil.bag_set import Loaded, load
 from medcl.mil.bags import Bag, Features, classes_of
 from medcl.mil.classifier import BagClassifier, Prediction, build, predict
 from medcl.mil.evaluation import score
-from medcl.mil.training import METHODS, train
+from medcl.mil.training import train
 from medcl.runtime.files import atomic_path, read_json, sha256, write_json, write_rows
 from medcl.runtime.run import log, open_run, write_provenance
 from medcl.runtime.training import choose_accelerator, hours
 from medcl.transforms.random import mixed_seed
-
-BALANCE = ("none", "weights", "sampling")
 
 
 def fit(config: MILFitConfig) -> Path:
@@ -43,7 +40,6 @@ def fit(config: MILFitConfig) -> Path:
             allowed.
     """
     began = time.monotonic()
-    check(config)
     loaded = load(config.bags)
     bags, features = loaded.bags, loaded.features
     classes = classes_of(bags)
@@ -54,8 +50,8 @@ def fit(config: MILFitConfig) -> Path:
     audit = audit_bags(bags, features)
     audit.refuse(config.allow_leakage, config.bags)
     run = open_run(config.out, config, "mil fit")
-    tell(loaded, classes)
-    audit.tell()
+    log_contents(loaded, classes)
+    audit.log()
     audit.save(run)
     device = "cuda" if choose_accelerator(config.accelerator) == "gpu" else "cpu"
     rows: list[dict[str, Any]] = []
@@ -82,23 +78,6 @@ def fit(config: MILFitConfig) -> Path:
     write_provenance(run, began, seed=config.seed, accelerator=device, **facts)
     log.info("In %s after %s.", run, hours(time.monotonic() - began))
     return run
-
-
-def check(config: MILFitConfig) -> None:
-    """Refuses settings that cannot work, before anything is read."""
-    for name, least in (("folds", 2), ("repeats", 1), ("epochs", 1), ("batch_size", 1)):
-        if getattr(config, name) < least:
-            raise MedclError(f"{getattr(config, name)} is too few", f"--{name}", f"Give at least {least}.")
-    for name in ("lr", "temperature"):
-        if not getattr(config, name) > 0:
-            raise MedclError(f"{getattr(config, name)} is not positive", f"--{name}", "Give a positive number.")
-    for name, known in (("method", METHODS), ("balance", BALANCE), ("schedule", SCHEDULES)):
-        if getattr(config, name) not in known:
-            raise MedclError(
-                f"unknown {name} {getattr(config, name)!r}", f"--{name}", f"Use one of {', '.join(known)}."
-            )
-    if min(config.most_instances, config.memory, config.seed) < 0:
-        raise MedclError("negative", "--most_instances, --memory or --seed", "Give 0 or more.")
 
 
 def check_folds(bags: Sequence[Bag], folds: int) -> None:
@@ -136,7 +115,7 @@ def facts_of(loaded: Loaded) -> dict[str, str]:
     }
 
 
-def tell(loaded: Loaded, classes: Sequence[str]) -> None:
+def log_contents(loaded: Loaded, classes: Sequence[str]) -> None:
     """Says what was read."""
     found = Counter(str(bag.label) for bag in loaded.bags)
     sizes = [len(f.h) for f in loaded.features]
@@ -216,7 +195,7 @@ def predict_bags(config: MILPredictConfig) -> Path:
     out = Path(config.out)
     audit = audit_bags(loaded.bags, loaded.features, classifier_of(config.run, facts))
     audit.refuse(config.allow_leakage, config.bags)
-    audit.tell()
+    audit.log()
     told = predict(model, loaded.features)
     classes = facts["classes"]
     seen = {bag.id for bag in loaded.bags if bag.group in set(facts.get("groups", []))}

@@ -48,7 +48,7 @@ def train(
         optimiser.zero_grad()
         for part in parts:
             some = [chosen[i] for i in part]
-            h, mask, where = collate([some_of(bags[chosen[i]], drawn[i]) for i in part], device)
+            h, mask, where = collate([subset_of(bags[chosen[i]], drawn[i]) for i in part], device)
             batch = Batch(h, mask, where, target[some], some, [drawn[i] for i in part], step / steps)
             (objective.loss(batch) * objective.share(target[some], target[chosen])).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -98,7 +98,7 @@ def rows_of(bag: Features, most: int, rng: np.random.Generator) -> np.ndarray:
     return np.sort(rng.choice(len(bag.h), most, replace=False))
 
 
-def some_of(bag: Features, rows: np.ndarray) -> Features:
+def subset_of(bag: Features, rows: np.ndarray) -> Features:
     """A bag of some of its instances, each in the cell that it has in the whole bag."""
     if len(rows) == len(bag.h):
         return bag

@@ -135,7 +135,7 @@ class PretextTask(nn.Module, ABC):
 
     def unused_rate(self, marks: Tensors) -> Tensor:
         """Share of the features' coding rate that is not used, of all ranks' rows; see `medcl.losses.coding_rate`."""
-        rows = [r if self.gathers else gather_rows(r) for r in kept_features(marks)]
+        rows = [r if self.gathers else gather_rows(r) for r in features_among(marks)]
         return torch.stack([unused_rate(r) for r in rows]).mean() if rows else torch.zeros(())
 
     @torch.no_grad()
@@ -192,6 +192,6 @@ class PretextTask(nn.Module, ABC):
         return dataclasses.asdict(self.options)
 
 
-def kept_features(marks: Tensors) -> list[Tensor]:
+def features_among(marks: Tensors) -> list[Tensor]:
     """The marks named `features`, those of the parts of a task included."""
     return [rows for name, rows in marks.items() if name.split(".")[-1] == "features"]

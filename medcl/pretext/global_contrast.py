@@ -152,7 +152,7 @@ def check_reads(places: Partitions, read: tuple[int, int, int], plan: Plan) -> N
     Raises:
         MedclError: in the median volume two partitions are read at one place.
     """
-    if not places.apart(plan.volume_size, read):
+    if not places.distinct(plan.volume_size, read):
         grid, size, whole = (" x ".join(map(str, n)) for n in (places.grid, read, plan.volume_size))
         raise MedclError(
             f"reads of {size} voxels show the same in several of {grid} partitions of a volume of {whole}",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from medcl.errors import MedclError
-from medcl.losses.local_contrast import STRATEGIES, local_loss, local_masks, nearest_apart, region_corners
+from medcl.losses.local_contrast import STRATEGIES, local_loss, local_masks, nearest_disjoint, region_corners
 from medcl.networks.backbones import Backbone
 from medcl.networks.heads import PointwiseHead, shares_inside, some_voxels
 from medcl.pretext.base import Pairs, PretextTask, Tensors, Triple
@@ -102,7 +102,7 @@ class LocalContrast(PretextTask):
         first = first_place(backbone.decoder_offsets[self.blocks - 1], reduction, step)
         corners, extent = region_corners(self.map_size, chosen.region, chosen.regions)
         mm = [s * r for s, r in zip(plan.spacing, step, strict=True)]
-        near = nearest_apart(corners, extent, mm, chosen.negatives)
+        near = nearest_disjoint(corners, extent, mm, chosen.negatives)
         if not near.any():
             raise MedclError(
                 f"a decoder map of {self.map_size} voxels holds no two regions of {extent} apart",

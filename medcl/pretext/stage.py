@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,18 +76,18 @@ def pretrain(config: PretrainConfig) -> Path:
         study.config = config
         write_config(study.run, "pretrain", config)
     study.write(plan, split, manifest, {OPTIONS: task.resolved()})
-    tell_subjects(stored, split)
+    log_subjects(stored, split)
     if taken:
         log.info("%s: %s.", config.init, taken)
     task.check(len({item.case.subject for item in stored}), config.batch_size)
-    tell_small_volumes(stored, task)
+    log_small_volumes(stored, task)
     dataset = ReadDataset([item.path for item in stored], task.read_size, config.seed, task.places)
     module = PretextModule(task, dataset, config)
     record = Record(task.backbone, taken.taken if taken else None)
     task.backbone.parts = max(config.parts, task.backbone.parts)
     if config.compile:
         compile_network(task.backbone)
-    tell_time(study, module)
+    log_duration(study, module)
     watch = Watch(task, config.steps, config.stop_on_collapse)
     probes = probes_of(study, task, plan, probed) if config.probe else ()
     trainer = study.trainer(f"pretrain {config.task}", config.seed, watch, *probes)
@@ -155,36 +154,21 @@ def probes_of(study: Study[PretrainConfig], task: PretextTask, plan: Plan, subje
 
 
 def check(config: PretrainConfig) -> None:
-    """Refuses settings that cannot work, before anything is read."""
-    for name in ("steps", "checkpoint_every", "parts"):
-        if getattr(config, name) < 1:
-            raise MedclError(f"{getattr(config, name)} is not positive", f"--{name}", "Give at least 1.")
-    if not 0 <= config.rank_weight < math.inf:
-        raise MedclError(f"{config.rank_weight} is no weight", "--rank_weight", "Give 0 or more.")
-    if config.batch_size < 0 or (config.batch_size == 0 and config.devices * config.nodes > 1):
-        raise MedclError(f"{config.batch_size} volumes a step", "--batch_size", "Give at least 1 (0 on one device).")
+    """Refuses settings that cannot work together, before anything is read."""
+    if config.batch_size == 0 and config.devices * config.nodes > 1:
+        raise MedclError("is found on one device only", "--batch_size 0", "Give at least 1.")
     check_parts(config.parts, config.norm)
     if config.compile and config.strategy == "fsdp":
         raise MedclError("a compiled network cannot be divided", "--compile", "Leave it out, or use --strategy ddp.")
-    if config.lr <= 0:
-        raise MedclError(f"{config.lr} is not positive", "--lr", "Give a positive number.")
-    if config.width < 0 or config.weight_decay < 0:
-        raise MedclError("negative", "--width or --weight_decay", "Give 0 or more.")
-    if not 0 <= config.warmup < 1:
-        raise MedclError(f"{config.warmup} is no share of the steps", "--warmup", "Give 0 or more, below 1.")
-    if config.subjects not in ("auto", "all"):
-        raise MedclError(f"unknown subjects {config.subjects!r}", "--subjects", "Use auto or all.")
-    if min(config.seed, config.workers, config.probe, config.probe_every) < 0:
-        raise MedclError("negative", "--seed, --workers, --probe or --probe_every", "Give 0 or more.")
 
 
-def tell_subjects(stored: list[Stored], split: Split | None) -> None:
+def log_subjects(stored: list[Stored], split: Split | None) -> None:
     if split:
         log.info("%d subjects pretrain; %d of validation and %d of test are left out (--subjects all takes them).",
                  len({item.case.subject for item in stored}), len(split.val), len(split.test))  # fmt: skip
 
 
-def tell_time(study: Study[PretrainConfig], module: PretextModule) -> None:
+def log_duration(study: Study[PretrainConfig], module: PretextModule) -> None:
     """Says what is trained, and measures how long it will take."""
     config, task = study.config, module.task
     size = sum(p.numel() for p in task.backbone.encoder_parameters()) / 1e6
@@ -195,7 +179,7 @@ def tell_time(study: Study[PretrainConfig], module: PretextModule) -> None:
              hours(seconds * left), left, seconds, peak_memory(study.accelerator))  # fmt: skip
 
 
-def tell_small_volumes(stored: list[Stored], task: PretextTask) -> None:
+def log_small_volumes(stored: list[Stored], task: PretextTask) -> None:
     """Says how many volumes a read does not fit into: what is missing repeats their edge."""
     shapes = [read_meta(item.path)["shape"] for item in stored]
     small = sum(any(n < r for n, r in zip(shape, task.read_size, strict=True)) for shape in shapes)
@@ -205,7 +189,7 @@ def tell_small_volumes(stored: list[Stored], task: PretextTask) -> None:
                  small, len(stored), size)  # fmt: skip
     if isinstance(task.places, Partitions):
         grid = task.places.grid
-        thin = sum(not task.places.apart(shape, task.read_size) for shape in shapes)
+        thin = sum(not task.places.distinct(shape, task.read_size) for shape in shapes)
         if thin:
             told = " x ".join(map(str, grid))
             log.warning("%d of %d volumes are so small that several of their %s partitions show the same: leave them "

@@ -12,7 +12,7 @@ import torch
 
 from medcl.errors import MedclError
 from medcl.losses.diagnostics import MEANING, RankMemory, describe_pairs
-from medcl.pretext.base import PretextTask, kept_features
+from medcl.pretext.base import PretextTask, features_among
 from medcl.runtime.run import log
 from medcl.runtime.training import LAST, preserved
 
@@ -88,7 +88,7 @@ class Watch(pl.Callback):
         with preserved(module), trainer.precision_plugin.train_step_context():
             for number in range(memory.size):
                 torch.manual_seed(number)  # dropout
-                rows = kept_features(module.rows_of(number))
+                rows = features_among(module.rows_of(number))
                 if not rows:
                     return None
                 memory.add(rows[0])
@@ -107,14 +107,14 @@ class Watch(pl.Callback):
         self.losses.append(loss.detach())  # no number yet: that would wait for the device at every step
         embeddings = next(iter(z.values())).flatten(0, -2)
         self.embeddings.add(embeddings)
-        self.features.add(next(iter(kept_features(marks)), embeddings))
+        self.features.add(next(iter(features_among(marks)), embeddings))
         if trainer.global_step % self.every and trainer.global_step < self.steps:
             return
         values = self.look(module.seen["views"], z, marks, trainer.global_step)
         trainer.logger.log_metrics(values, trainer.global_step - 1)  # type: ignore[union-attr]
         found = trainer.strategy.broadcast(self.verdicts(trainer.global_step))  # all processes stop, or none
         for name, message in found.items():
-            self.tell(trainer, name, message)
+            self.warn(trainer, name, message)
 
     @torch.no_grad()
     def look(self, views: Any, z: Any, marks: Any, step: int) -> dict[str, float]:
@@ -132,18 +132,18 @@ class Watch(pl.Callback):
             values["embedding_rank"] = own
             values["effective_rank"] = self.last_rank = rank
             self.first_rank = rank if self.first_rank is None else self.first_rank
-            if self.settled(step):  # random weights have many directions that mean nothing
+            if self.past_first_steps(step):  # random weights have many directions that mean nothing
                 self.best_rank = max(self.best_rank, rank)
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
-    def settled(self, step: int) -> bool:
+    def past_first_steps(self, step: int) -> bool:
         """Whether a stage is beyond its first steps, after which it may be judged."""
         return step - self.since > SPARE_STEPS * (self.steps - self.since)
 
     def verdicts(self, step: int) -> dict[str, str]:
         """What is wrong, by name of the trivial solution, with the remedy."""
         found = {}
-        if len(self.losses) == WINDOW and self.settled(step):
+        if len(self.losses) == WINDOW and self.past_first_steps(step):
             losses = [float(loss) for loss in self.losses]
             before, now = (statistics.median(half) for half in (losses[: WINDOW // 2], losses[WINDOW // 2 :]))
             still = abs(now - before) < NEAR * max(abs(now), 0.1)
@@ -170,7 +170,7 @@ class Watch(pl.Callback):
             )
         return found
 
-    def tell(self, trainer: pl.Trainer, name: str, message: str) -> None:
+    def warn(self, trainer: pl.Trainer, name: str, message: str) -> None:
         if self.stop:
             trainer.save_checkpoint(trainer.default_root_dir + "/" + LAST)
             raise MedclError(message.rstrip("."), f"step {trainer.global_step}", "Or leave out --stop-on-collapse.")

@@ -62,7 +62,7 @@ def write_bag_report(run: Path) -> Path:
     return run / "report.html"
 
 
-def write_told_report(out: Path) -> Path:
+def write_prediction_report(out: Path) -> Path:
     """Writes `report.html` beside what `medcl mil predict` has written: classes, most and least attended instances.
 
     Shown are the bags whose predictions are surest, of every predicted class in turn.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medcl.efficiency.table import table, told_labels
+from medcl.efficiency.table import describe_labels, table
 from medcl.report import page as html
 from medcl.report import sections
 from medcl.report.efficiency_figures import arms_plot, efficiency_plot
@@ -35,7 +35,9 @@ def write_benchmark_report(out: Path, result: Mapping[str, Any]) -> Path:
         alt = "Dice of every arm over the number of labelled subjects"
         curve = html.figure(efficiency_plot(result), alt, f"{alt}, with 95 % intervals.", large=True)
     differences = [
-        html.subsection(f"At {told_labels(labels)}", html.figure(arms_plot(result, labels), f"differences at {labels}"))
+        html.subsection(
+            f"At {describe_labels(labels)}", html.figure(arms_plot(result, labels), f"differences at {labels}")
+        )
         for labels in result["labels"]
         if any(entry["labels"] == labels and "difference" in entry for entry in result["entries"])
     ]

@@ -13,7 +13,7 @@ import numpy as np
 
 from medcl.dataset.case import Manifest
 from medcl.errors import MedclError
-from medcl.evaluation.absence import settled
+from medcl.evaluation.absence import with_absence_rule
 from medcl.evaluation.compare import comparison_cells
 from medcl.evaluation.evaluate import Row, mean_over_classes, notices, read_result, read_scores
 from medcl.evaluation.metrics import MEASURES
@@ -60,10 +60,10 @@ def write_run_report(run: Path) -> Path:
         html.paragraph(sections.headline(config, scores, series), "headline"),
         html.warnings([*sections.logged_warnings(run, manifest), *(notices(scores) if scores else [])]),
         html.section("The numbers", *sections.numbers(scores, rows)) if scores else "",
-        html.section("Best, median and worst", *_extremes(run, manifest, settled([rows], _rule(scores))[0])),
+        html.section("Best, median and worst", *_extremes(run, manifest, with_absence_rule([rows], _rule(scores))[0])),
         html.section("Training", *sections.curves(series)),
         html.section("What was read", *sections.what_was_read(manifest, split)),
-        html.section("The plan", html.facts({key: html.readable(plan[key]) for key in _told(plan)})),
+        html.section("The plan", html.facts({key: html.readable(plan[key]) for key in _meaningful_keys(plan)})),
         html.section("How it was made", *sections.how_it_was_made(config, provenance)),
     ]
     about = " · ".join(str(each) for each in (kind, config.get("task"), config.get("backbone")) if each)
@@ -116,7 +116,7 @@ def write_comparison_report(
     return path
 
 
-def _told(plan: Mapping[str, Any]) -> list[str]:
+def _meaningful_keys(plan: Mapping[str, Any]) -> list[str]:
     """The keys of a plan that say something: an HU window does where it is used."""
     silent = {"medcl_plan"} | (set() if plan.get("normalise") == "ct" else {"window"})
     return [key for key in plan if key not in silent]
@@ -171,7 +171,7 @@ def _compared_cases(result: Mapping[str, Any], runs: Sequence[Path], baseline: S
     manifest = _if_there(arms[first] / "manifest.json", Manifest.load)
     of_all = [Path(run) for run in (arms[first], arms[second], *runs, *baseline)]
     found = [read_scores(run / "test" / "evaluation.csv") for run in of_all]
-    pairs = paired_means(*settled(found, str(result.get("absent", "nothing")))[:2])
+    pairs = paired_means(*with_absence_rule(found, str(result.get("absent", "nothing")))[:2])
     scores = {first: {r["case"]: r["dice"] for r in pairs}, second: {r["case"]: r["dice_baseline"] for r in pairs}}
     gains = {case: dice - scores[second][case] for case, dice in scores[first].items()}
     ranked = sorted((case for case in gains if np.isfinite(gains[case])), key=lambda case: -gains[case])

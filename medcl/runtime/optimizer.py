@@ -72,12 +72,12 @@ def adamw(
     # it would take scaled gradients, so Lightning refuses there too; but a CPU has bf16 alone, which is not scaled
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     if tables:
-        optimizer.register_load_state_dict_pre_hook(partial(_with_tables_apart, train, tables))
+        optimizer.register_load_state_dict_pre_hook(partial(_regroup_position_tables, train, tables))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)  # type: ignore[arg-type]
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _with_tables_apart(
+def _regroup_position_tables(
     train: Sequence[torch.nn.Parameter], tables: Collection[torch.nn.Parameter], optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
 ) -> dict[str, Any] | None:  # fmt: skip

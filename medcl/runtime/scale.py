@@ -13,7 +13,6 @@ from typing import Any
 
 from medcl.errors import MedclError
 
-STRATEGIES = ("auto", "ddp", "fsdp")
 LOOK_EVERY = 0.5  # seconds between two looks for the first process's manifest
 
 
@@ -23,10 +22,6 @@ def check_scale(config: Any, accelerator: str) -> None:
     Raises:
         MedclError: see there.
     """
-    if config.devices < 1 or config.nodes < 1:
-        raise MedclError("not positive", "--devices or --nodes", "Give at least 1.")
-    if config.strategy not in STRATEGIES:
-        raise MedclError(f"unknown strategy {config.strategy!r}", "--strategy", f"Use {', '.join(STRATEGIES)}.")
     if config.strategy == "fsdp" and processes(config) == 1:
         raise MedclError("one process has nobody to share weights with", "--strategy fsdp", "Raise --devices.")
     if config.strategy == "fsdp" and not hands_back():

@@ -69,7 +69,7 @@ class SegmentationModule(RetrySmaller):
         self.register_buffer("channel_of", channel_table(label_values), persistent=False)
 
     @property
-    def kept(self) -> Backbone:
+    def final_backbone(self) -> Backbone:
         """The network that is validated and saved: the teacher where there is one."""
         return self.semi.teacher.module if self.semi else self.backbone  # type: ignore[return-value]
 
@@ -268,9 +268,8 @@ class Validate(Callback):
         by_subject: dict[str, list[float]] = {}
         for subject, path in self.volumes:
             volume = open_volume(path)
-            scores = class_scores(
-                module.kept, volume.image(), self.patch, precision=self.precision, accelerator=self.accelerator
-            )
+            scores = class_scores(module.final_backbone, volume.image(), self.patch, precision=self.precision,
+                                  accelerator=self.accelerator)  # fmt: skip
             found, truth = scores.argmax(0), module.channel_of.cpu().numpy()[volume.label()]  # type: ignore[operator]
             by_subject.setdefault(subject, []).append(mean_dice(found, truth, len(scores)))
         module.train()

@@ -23,7 +23,7 @@ from medcl.runtime.training import choose_accelerator
 from medcl.segmentation.module import class_scores
 from medcl.store.plan import round_up
 from medcl.store.prepare import prepare_image
-from medcl.store.stage import bar, describe, load_source, tell_problems
+from medcl.store.stage import bar, describe, load_source, log_problems
 
 
 class Predictor:
@@ -87,7 +87,7 @@ def predict(config: PredictConfig) -> Path:
     predictor = Predictor(config.run, config.accelerator, config.precision, config.overlap, config.mirror)
     manifest = load_source(config.input, config.channel)
     log.info("%s: %s.", config.input, describe(manifest))
-    tell_problems(manifest)
+    log_problems(manifest)
     cases = chosen_cases(manifest, config)
     return predict_cases(predictor, manifest, cases, Path(config.output))
 
@@ -124,7 +124,7 @@ def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, .
             )
             continue
         write_nifti(out / f"{case.id}.nii.gz", found, volume.affine, predictor.maker)
-    tell_problems(manifest.with_cases(cases, tuple(problems)), before=len(manifest.problems))
+    log_problems(manifest.with_cases(cases, tuple(problems)), before=len(manifest.problems))
     if len(problems) == len(cases):
         raise MedclError("no volume could be predicted", manifest.root, "See the problems above.")
     log.info(
@@ -139,9 +139,6 @@ def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, .
 def chosen_cases(manifest: Manifest, config: PredictConfig) -> tuple[Case, ...]:
     if config.subjects == "all":
         return manifest.cases
-    parts = {"train": "train", "val": "val", "test": "test"}
-    if config.subjects not in parts:
-        raise MedclError(f"unknown part {config.subjects!r}", "--subjects", "Use all, train, val or test.")
     cases = cases_of(manifest, getattr(Split.load(Path(config.run) / "split.json"), config.subjects))
     if not cases:
         raise MedclError(

@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from medcl.checkpoint import Contract, load_weights, save_weights, transfer
-from medcl.config import FinetuneConfig, nearest
+from medcl.config import FinetuneConfig
 from medcl.dataset.case import Case
 from medcl.dataset.splits import Split, cases_of, draw_labelled, make_split
 from medcl.errors import MedclError
@@ -33,7 +33,6 @@ from medcl.store.volumes import read_meta
 from medcl.study import Study
 from medcl.transforms.compose import Compose, StrongAugmentation, strong_augmentation
 from medcl.transforms.margin import margin_for
-from medcl.transforms.mixing import MIXES
 from medcl.transforms.random import mix, mixed_seed
 
 SEED = "seed.json"  # what the random numbers of a run are made from
@@ -97,21 +96,22 @@ def finetune(config: FinetuneConfig) -> Path:
     study.begin()
     if taken:
         log.info("%s: %s.", config.init, taken)
-    tell_patches(config, plan, contract)
+    log_patches(config, plan, contract)
     if leakage["sentence"]:
         log.warning("%s.", leakage["sentence"])
     stored, manifest = study.prepare(plan, subjects.used(study))
     manifest = manifest.with_cases(study.manifest.cases)
     study.write(plan, split, manifest, {SEED: {"seed": seed}, "audit.json": leakage}, seen)
     prepared = by_use(study, subjects, stored)
-    tell_subjects(config, subjects, prepared)
+    log_subjects(config, subjects, prepared)
     module = module_for(config, prepared, plan, backbone, values, seed, taken.names if taken else set(), semi)
     done = contract_of(config, plan, backbone.spec, values, prepared.train + prepared.images, semi)
 
     def keep(step: int) -> None:
         if not study.is_follower:
-            trained = record.trained(module.backbone, trainer.optimizers, module.kept)
-            save_weights(study.run, module.kept, replace(done, step=step).with_trained(trained, module.kept))
+            network = module.final_backbone
+            trained = record.trained(module.backbone, trainer.optimizers, network)
+            save_weights(study.run, network, replace(done, step=step).with_trained(trained, network))
 
     validate = validation(study, prepared.val, module.dataset.size, keep)
     trainer = study.trainer("finetune", seed, validate)
@@ -216,14 +216,14 @@ def validation(study: Study[FinetuneConfig], val: list[Stored], patch: Sequence[
     return Validate(volumes, patch, every, study.precision, study.accelerator, keep)
 
 
-def tell_patches(config: FinetuneConfig, plan: Plan, contract: Contract | None) -> None:
+def log_patches(config: FinetuneConfig, plan: Plan, contract: Contract | None) -> None:
     """Says where patches have another size than in the pretraining."""
     if contract and plan.patch_size != contract.plan.patch_size and not config.plan:
         ours, theirs = (" x ".join(map(str, each.patch_size)) for each in (plan, contract.plan))
         log.info("Patches of %s voxels, by the scans of this folder; in %s they were %s.", ours, config.init, theirs)
 
 
-def tell_subjects(config: FinetuneConfig, subjects: Subjects, prepared: Prepared) -> None:
+def log_subjects(config: FinetuneConfig, subjects: Subjects, prepared: Prepared) -> None:
     """Says who trains, validates and is kept for test."""
     split = subjects.split
     drawn = ", ".join(split.labelled[:8]) + (", ..." if len(split.labelled) > 8 else "")
@@ -258,34 +258,11 @@ def augmentation_for(config: FinetuneConfig, plan: Plan, patch: tuple[int, int, 
 
 
 def check(config: FinetuneConfig) -> None:
-    """Refuses settings that cannot work, before anything is read."""
-    for name in ("steps", "batch_size", "checkpoint_every", "parts"):
-        if getattr(config, name) < 1:
-            raise MedclError(f"{getattr(config, name)} is not positive", f"--{name}", "Give at least 1.")
-    if config.lr <= 0:
-        raise MedclError(f"{config.lr} is not positive", "--lr", "Give a positive number.")
-    if not 0 <= config.warmup < 1:
-        raise MedclError(f"{config.warmup} is no share of the steps", "--warmup", "Give 0 or more, below 1.")
-    if not 0 <= config.pretrained_lr <= 10:
-        raise MedclError(f"{config.pretrained_lr} is no share of --lr", "--pretrained_lr", "Give 0 to 10.")
-    if not 0 <= config.frozen <= 1:
-        raise MedclError(f"{config.frozen} is no share of the steps", "--frozen", "Give 0 to 1.")
-    if config.val_every < 0:
-        raise MedclError("negative", "--val_every", "Give 0 or more.")
-    if config.seed < 0 or config.draw < 0 or config.workers < 0:
-        raise MedclError("negative", "--seed, --draw or --workers", "Give 0 or more.")
-    if config.augment not in ("strong", "none"):
-        raise MedclError(f"unknown augmentation {config.augment!r}", "--augment", "Use strong or none.")
-    if not 0 < config.layer_decay <= 1:
-        raise MedclError(f"{config.layer_decay} is no factor", "--layer_decay", "Give more than 0, up to 1.")
+    """Refuses settings that cannot work together, before anything is read."""
     if config.strategy == "fsdp":
         raise MedclError("divides weights in pretraining alone", "--strategy fsdp", "Use ddp.")
     if config.layer_decay != 1 and config.init == "none":
         raise MedclError("no weights are given that it could slow", "--layer_decay", "Name them with --init.")
-    if config.core_tuning < 0:
-        raise MedclError("negative", "--core_tuning", "Give 0 or more.")
-    if config.mix not in MIXES:
-        raise MedclError(f"unknown way to mix {config.mix!r}", "--mix", nearest(config.mix, MIXES))
     if config.mix != "none" and config.batch_size < 2 and (config.semi == "none" or config.mix == "mixup"):
         raise MedclError("one patch a step has no partner", "--mix", "Raise --batch_size, or use --mix none.")
     if config.semi != "none" and config.augment == "none":

@@ -156,7 +156,7 @@ class Partitions:
             starts.append(start)
         return starts
 
-    def apart(self, shape: Sequence[int], size: Sequence[int]) -> bool:
+    def distinct(self, shape: Sequence[int], size: Sequence[int]) -> bool:
         """Whether reads at the middle of every cell start at different voxels: else cells show the same."""
         for g, extent, n in zip(self.grid, shape, size, strict=True):
             middles = [k * (extent // g) + (extent // g) // 2 - n // 2 for k in range(g)]

@@ -77,7 +77,7 @@ def describe(manifest: Manifest) -> str:
     return f"{found}, {aside} set aside ({manifest.rule.rstrip('.')})"
 
 
-def tell_problems(manifest: Manifest, before: int = 0) -> None:
+def log_problems(manifest: Manifest, before: int = 0) -> None:
     """Logs the first few problems, one line each."""
     problems = manifest.problems[before:]
     for problem in problems[:SHOWN]:
@@ -132,12 +132,12 @@ def prepare_all(
     stored, left = prepare_volumes(
         chosen, plan, store=store, workers=workers, title="prepare" if sys.stderr.isatty() else None, dask=dask
     )
-    tell_problems(left, before=len(manifest.problems))
-    tell_twins(stored)
+    log_problems(left, before=len(manifest.problems))
+    log_twins(stored)
     return stored, left
 
 
-def tell_twins(stored: list[Stored]) -> None:
+def log_twins(stored: list[Stored]) -> None:
     """Warns of equal voxels under two subjects' names: compressed anew, they differ as files."""
     owner: dict[str, Case] = {}
     for item in stored:
@@ -169,7 +169,7 @@ def prepare(config: PrepareConfig) -> tuple[list[Stored], Plan]:
         raise MedclError("a plan already says spacing and N4", "--plan", "Edit the plan, or leave it out.")
     manifest = load_source(config.source, config.channel)
     log.info("%s: %s.", config.source, describe(manifest))
-    tell_problems(manifest)
+    log_problems(manifest)
     plan = plan_for(
         manifest, config.plan, device="cpu", n4=config.n4, spacing=config.spacing, store=config.store,
         workers=config.workers,

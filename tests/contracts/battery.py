@@ -49,7 +49,7 @@ def batch_for(task: PretextTask, volumes: range) -> Tensors:
     grid = task.places.grid if isinstance(task.places, Partitions) else (1, 1, 1)
     sizes = zip((a + 6, b, c - 2), task.read_size, grid, strict=True)
     shape = tuple(n if g == 1 else read * (g + 1) for n, read, g in sizes)
-    assert not isinstance(task.places, Partitions) or task.places.apart(shape, task.read_size)
+    assert not isinstance(task.places, Partitions) or task.places.distinct(shape, task.read_size)
     for number in volumes:
         image, rng = volume(number, shape), np.random.default_rng(number)
         for place, start in enumerate(task.places(shape, task.read_size, rng)):

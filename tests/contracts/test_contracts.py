@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 
 import battery
 import pytest
@@ -11,16 +11,25 @@ from recipes import Case, cases
 
 from medcl.pretext.registry import TASKS, task_class
 
-# all checks on Swin too, which take minutes: MEDCL_WHOLE_BATTERY=1 python -m pytest tests/contracts -k swin
-WHOLE = os.environ.get("MEDCL_WHOLE_BATTERY") == "1"
+REPRESENTATIVES = {("voco", "dynunet"), ("pixcontrast", "swin_unetr")}
+
+
+def marks(case: Case, check: Callable[[Case], None]) -> list[pytest.MarkDecorator]:
+    """`make test` runs every task on `unet`, and one task on each other backbone; `make test-all` the rest."""
+    small = (case.task, case.backbone) in REPRESENTATIVES and (case.backbone != "swin_unetr" or check in SWIN_CHECKS)
+    plain = case.backbone == "unet" and not case.options
+    return [] if small or plain else [pytest.mark.battery]
+
+
 RUNS = [
-    pytest.param(case, check, id=f"{case}-{check.__name__[6:]}")
+    pytest.param(case, check, id=f"{case}-{check.__name__[6:]}", marks=marks(case, check))
     for case in cases()
-    for check in (SWIN_CHECKS if case.backbone == "swin_unetr" and not WHOLE else CHECKS)
+    for check in CHECKS
 ] + [
-    pytest.param(Case(task, "swin_unetr"), battery.check_half_precision_at_a_low_temperature, id=f"{task}-swin-bf16")
+    pytest.param(Case(task, "swin_unetr"), battery.check_half_precision_at_a_low_temperature, id=f"{task}-swin-bf16",
+                 marks=pytest.mark.battery)
     for task in SWIN_IN_BF16
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("case", "check"), RUNS)

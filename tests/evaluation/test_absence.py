@@ -16,7 +16,7 @@ from medcl.config import BenchmarkConfig
 from medcl.efficiency.grid import make_grid
 from medcl.efficiency.table import rows_by_key, summarise, table, write_summary
 from medcl.errors import MedclError
-from medcl.evaluation.absence import absences, settled
+from medcl.evaluation.absence import absences, with_absence_rule
 from medcl.evaluation.compare import compare, print_comparison
 from medcl.evaluation.evaluate import COLUMNS, notices, score_folder
 from medcl.evaluation.pairing import paired_means
@@ -161,13 +161,13 @@ def test_settling_twice_changes_nothing_and_leaves_what_has_a_value():
     names = [dict(zip(("k", "m"), pair, strict=True)) for pair in itertools.product(SCORES, repeat=2)]
     runs = [rows_of({"a": each}) for each in names]
     for absent in ("nothing", "one"):
-        once = settled(runs, absent)
-        np.testing.assert_equal(settled(once, absent), once)
+        once = with_absence_rule(runs, absent)
+        np.testing.assert_equal(with_absence_rule(once, absent), once)
         for before, after in zip(itertools.chain(*runs), itertools.chain(*once), strict=True):
             if not math.isnan(before["dice"]):
                 assert after is before
-    assert absences(settled(runs, "one")) == 0
-    assert absences(settled([rows_of({"a": {"k": "absent"}})] * 2)) == 2
+    assert absences(with_absence_rule(runs, "one")) == 0
+    assert absences(with_absence_rule([rows_of({"a": {"k": "absent"}})] * 2)) == 2
     (row,) = paired_means(rows_of({"a": {"k": "absent"}}), rows_of({"a": {"k": "invented"}}))
     assert (row["dice"], row["dice_baseline"]) == (1.0, 0.0)
 
@@ -229,7 +229,7 @@ def test_a_benchmark_sees_inventions_in_every_column(tmp_path):
     assert "If absent structures counted otherwise" in page and table(result)[1]
     write_summary(out, result, rows_by_key(config, grid))
     assert {"invented", "absent"} <= {row["outcome"] for row in csv.DictReader((out / "results.csv").open())}
-    with pytest.raises(MedclError, match="unknown rule"):
+    with pytest.raises(MedclError, match="--absent"):
         make_grid(BenchmarkConfig("scans", "out", arms=arms, absent="0"))
 
 

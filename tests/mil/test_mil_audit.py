@@ -30,7 +30,7 @@ from medcl.mil.evaluation import evaluate_bags, print_scores, score
 from medcl.mil.prepare import prepare_bags
 from medcl.mil.pretrain import pretrain_patches
 from medcl.mil.stage import fit, predict_bags
-from medcl.report.bags import write_told_report
+from medcl.report.bags import write_prediction_report
 from medcl.report.stage import write_report
 from medcl.runtime.files import read_json, write_json, write_rows
 from medcl.store.signature import sign, subject_hash
@@ -128,7 +128,7 @@ def test_new_bags_told_by_a_classifier_are_compared_with_all_it_knows(encoder, l
         " 2 of 3 held-out bags were seen in training of the classifier",
     ]
     assert len(evaluate_bags(MILEvaluateConfig(str(told)))["leakage"]) == 2
-    assert "of the classifier" in write_told_report(told).read_text()
+    assert "of the classifier" in write_prediction_report(told).read_text()
     with pytest.raises(MedclError, match="leakage"):
         predict_bags(MILPredictConfig(str(run), str(new), str(tmp_path / "no"), allow_leakage=False))
     (run / "weights" / "seen.json").unlink()  # as of a run made before

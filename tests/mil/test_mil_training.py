@@ -31,7 +31,7 @@ def some_bags() -> list[Features]:
     ]
 
 
-@pytest.mark.parametrize("name,method", [*((name, "plain") for name in AGGREGATORS), ("abmil", "sc"), ("", "ins")])
+@pytest.mark.parametrize("name,method", [*((name, "plain") for name in AGGREGATORS), ("abmil", "sc"), ("abmil", "ins")])
 def test_a_step_decays_matrices_and_leaves_biases_and_norms_alone(name, method):
     made = {"aggregator": name, "method": method, "epochs": 1, "lr": 1e-2, "options": {"hidden": 16}}
     bags = some_bags()

@@ -15,7 +15,7 @@ from medcl.mil.bags import Features, read_features, write_features  # noqa: E402
 from medcl.mil.classifier import collate  # noqa: E402
 from medcl.mil.instances import sub_volumes  # noqa: E402
 from medcl.mil.places import cells_of  # noqa: E402
-from medcl.mil.training import rows_of, some_of  # noqa: E402
+from medcl.mil.training import rows_of, subset_of  # noqa: E402
 from medcl.mil.transmil import PositionEncoding  # noqa: E402
 
 TILE = 256
@@ -147,7 +147,7 @@ def test_files_of_clam_are_read_with_their_tile(tmp_path):
 def test_a_few_instances_of_a_bag_keep_their_places():
     bag = Features(np.zeros((400, 1), np.float32), grid(20, 20))
     rows = rows_of(bag, 12, np.random.default_rng(0))
-    _, _, where = collate([some_of(bag, rows)])
+    _, _, where = collate([subset_of(bag, rows)])
     np.testing.assert_array_equal(where[0], index(20, 20)[rows])
 
 

@@ -28,7 +28,7 @@ from medcl.mil.pretrain import pretrain_patches
 from medcl.mil.slides import Slide, Tiling, side_of, tiles, tissue_mask
 from medcl.mil.stage import fit, predict_bags
 from medcl.report.attention import draw_attention, geojson, rank_share
-from medcl.report.bags import write_told_report
+from medcl.report.bags import write_prediction_report
 from medcl.transforms.patches import random_patch_view, restained
 
 SLIDE = REAL / "slides" / "cmu-1-small-region.svs"
@@ -275,7 +275,7 @@ def test_a_volume_is_a_bag_of_cells_or_of_slices_too(tmp_path, phantoms):
         )
         fitted = fit(MILFitConfig(str(folder), str(tmp_path / f"{name}-fit"), folds=2, epochs=1))
         told = predict_bags(MILPredictConfig(str(fitted), str(folder), str(tmp_path / f"{name}-told")))
-        write_told_report(draw_attention(told))
+        write_prediction_report(draw_attention(told))
         heat, scan = nib.load(told / "attention" / "v0.nii.gz"), nib.load(scans[0])
         assert heat.shape == scan.shape and np.allclose(heat.affine, scan.affine, atol=1e-4)
         assert (told / "report.html").read_text().count("data:image/png") >= 4

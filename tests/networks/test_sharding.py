@@ -15,7 +15,9 @@ import medcl
 SCRIPT = Path(__file__).parents[1] / "contracts" / "sharded_step.py"
 
 
-@pytest.mark.parametrize("name", ["unet", "dynunet", "swin_unetr"])
+@pytest.mark.parametrize(
+    "name", ["unet", *(pytest.param(name, marks=pytest.mark.battery) for name in ("dynunet", "swin_unetr"))]
+)
 def test_a_divided_network_takes_the_steps_of_a_whole_one(name):
     call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), name]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(medcl.__file__).parents[1])}

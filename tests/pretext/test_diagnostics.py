@@ -251,6 +251,6 @@ def test_ranks_before_and_after_are_of_the_same_reads_and_leave_no_trace(phantom
 
 def test_a_stage_is_judged_by_its_own_steps():
     watch = Watch(None, 300, False)
-    assert not watch.settled(50) and watch.settled(70)
+    assert not watch.past_first_steps(50) and watch.past_first_steps(70)
     watch.since = 150  # the second stage of a run
-    assert not watch.settled(175) and watch.settled(190)
+    assert not watch.past_first_steps(175) and watch.past_first_steps(190)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medcl.errors import MedclError
-from medcl.losses.local_contrast import nearest_apart, region_corners
+from medcl.losses.local_contrast import nearest_disjoint, region_corners
 from medcl.networks.backbones import BackboneSpec, build_backbone
 from medcl.pretext.registry import task_class
 from medcl.store.crops import Partitions
@@ -136,7 +136,7 @@ def test_regions_fill_a_map_of_any_size(size, region, along, count):
 def test_negatives_are_the_nearest_regions_in_mm_that_share_no_voxel():
     corners, extent = region_corners((9, 9, 5), 3, 3)
     spacing = (1.0, 1.0, 4.0)
-    near = nearest_apart(corners, extent, spacing, 5)
+    near = nearest_disjoint(corners, extent, spacing, 5)
     for u in range(len(corners)):
         rows = []
         for w in range(len(corners)):

@@ -33,7 +33,7 @@ from medcl.mil.prepare import prepare_bags  # noqa: E402
 from medcl.mil.stage import fit, predict_bags  # noqa: E402
 from medcl.report.attention import volume_map  # noqa: E402
 from medcl.report.bag_figures import confusion_table, reliability, roc_points  # noqa: E402
-from medcl.report.bags import write_bag_report, write_told_report  # noqa: E402
+from medcl.report.bags import write_bag_report, write_prediction_report  # noqa: E402
 from medcl.report.instances import chosen_instances, instance_rows, pictures_of  # noqa: E402
 from medcl.report.stage import write_report  # noqa: E402
 from medcl.runtime.files import write_rows  # noqa: E402
@@ -93,7 +93,7 @@ def test_the_page_of_predictions_shows_the_tiles_that_were_attended(tmp_path):
     folder = prepare_bags(MILPrepareConfig(str(tmp_path / "bags.csv"), str(tmp_path / "out"), tile=32, mpp=0.0))
     run = fit(config(folder, tmp_path / "run", folds=2, epochs=20))
     told = predict_bags(MILPredictConfig(str(run), str(folder), str(tmp_path / "told")))
-    page = Page(write_told_report(told))
+    page = Page(write_prediction_report(told))
     assert "8 bags: 4 benign, 4 malignant" in page.text and len(page.images) == 4 + 8
     assert str(tmp_path) not in page.without_images()
     # of the first bag shown, a malignant one, the first picture is the spot
@@ -110,7 +110,7 @@ def test_bags_without_pictures_are_shown_as_numbers(tmp_path):
         rows = [{**row, "label": ""} for row in csv.DictReader(stream)]
     write_rows(folder / "bags.csv", rows)
     told = predict_bags(MILPredictConfig(str(run), str(folder), str(tmp_path / "told")))
-    page = Page(write_told_report(told))
+    page = Page(write_prediction_report(told))
     assert not page.images and "times the mean" in page.text and "Against the labels" not in page.text
 
 

@@ -63,9 +63,9 @@ def test_both_stages_train_in_bf16_on_a_cpu(phantoms, tmp_path):
     import medcl
     from medcl import FinetuneConfig, PretrainConfig
 
-    common = {"width": 8, "steps": 2, "accelerator": "cpu", "precision": "bf16"}
+    common = {"width": 4, "steps": 1, "batch_size": 1, "accelerator": "cpu", "precision": "bf16"}
     run = medcl.pretrain(PretrainConfig(str(phantoms), str(tmp_path / "pre"), task="pixcontrast", **common))
     fine = medcl.finetune(
-        FinetuneConfig(str(phantoms), str(tmp_path / "fine"), init=str(run), labels=2, val_every=2, **common)
+        FinetuneConfig(str(phantoms), str(tmp_path / "fine"), init=str(run), labels=2, **common)
     )
     assert (fine / "weights").exists()

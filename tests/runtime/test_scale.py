@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -63,12 +64,17 @@ def two(program: list[str], source: Path, out: Path, store: Path, strategy: str,
 def together(tmp_path_factory, phantoms):
     """Two processes, each with all weights or with its share, on half of the joined batch each."""
     folder = tmp_path_factory.mktemp("together")
-    return {s: (folder / s, two(COMMAND, phantoms, folder / s, folder / "store", s)) for s in ("ddp", "fsdp")}
+
+    @functools.cache
+    def trained(strategy: str):
+        return folder / strategy, two(COMMAND, phantoms, folder / strategy, folder / "store", strategy)
+
+    return trained
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.battery)])
 def test_two_processes_train_as_one_with_the_joined_batch(alone, together, strategy):
-    run, done = together[strategy]
+    run, done = together(strategy)
     assert done.returncode == 0, done.stderr[-2000:]
     assert read_config(run)["devices"] == 2
     assert {"config.yaml", "log.txt", "manifest.json", "metrics.csv", "provenance.json", "weights", "report.html"} <= {
@@ -84,14 +90,15 @@ def test_two_processes_train_as_one_with_the_joined_batch(alone, together, strat
     assert load_weights(run)[0].tensors == load_weights(alone[4])[0].tensors  # as many are trained
 
 
+@pytest.mark.battery
 def test_a_divided_run_goes_on_after_a_kill_as_if_nothing_had_been(together, tmp_path, phantoms):
     run, store = tmp_path / "run", tmp_path / "store"
     assert two([str(CUT_OFF)], phantoms, run, store, "fsdp").returncode != 0
     assert not (run / "weights").exists()
     done = two(COMMAND, phantoms, run, store, "fsdp", "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert torch.equal(weights(run), weights(together["fsdp"][0]))
-    assert load_weights(run)[0].tensors == load_weights(together["fsdp"][0])[0].tensors
+    assert torch.equal(weights(run), weights(together("fsdp")[0]))
+    assert load_weights(run)[0].tensors == load_weights(together("fsdp")[0])[0].tensors
 
 
 @dataclass
@@ -116,10 +123,11 @@ def test_ranks_are_those_of_the_launcher(monkeypatch):
 
 
 def test_what_cannot_work_is_told_at_once():
-    for scale, word in ((Scale(devices=0), "--devices"), (Scale(strategy="zero"), "unknown strategy"),
-                        (Scale(devices=1, strategy="fsdp"), "nobody to share")):  # fmt: skip
-        with pytest.raises(MedclError, match=word):
-            check_scale(scale, "cpu")
+    for changes in ({"devices": 0}, {"nodes": 0}, {"strategy": "zero"}):
+        with pytest.raises(MedclError, match=f"--{next(iter(changes))}"):
+            PretrainConfig("scans", "run", **changes)
+    with pytest.raises(MedclError, match="nobody to share"):
+        check_scale(Scale(devices=1, strategy="fsdp"), "cpu")
 
 
 def test_dividing_weights_is_refused_where_it_cannot_work(monkeypatch):
