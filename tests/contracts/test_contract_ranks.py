@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from medcl.pretext.base import PretextTask
 
 RANKS = 2
 PER_RANK = 2  # volumes
-RUNS = cases(("unet",))
+RUNS = [pytest.param(case, id=str(case), marks=[pytest.mark.battery] if case.options else [])
+        for case in cases(("unet",))]  # fmt: skip
 # A batch of another size is rounded otherwise, and a hidden unit of a head may fall on the other side of its ReLU: on
 # one processor PixPro's gradient above that ReLU agrees to 2e-6 and below it to 4e-3, 3e-4 of the whole. Without the
 # other rank's volumes it is 0.07 off or more.
@@ -84,13 +86,13 @@ def supervised(rows: slice) -> list[Tensor]:
     return found  # type: ignore[return-value]
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, folder: str, chosen: Sequence[Case]) -> None:
     """One rank: mean loss and mean gradient over ranks of every case, written by rank 0."""
     torch.set_num_threads(1)
     wait = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=RANKS, timeout=wait)
     results: dict[str, object] = {}
-    for case in RUNS:
+    for case in chosen:
         try:
             loss, grads = gradients(case, range(rank * PER_RANK, (rank + 1) * PER_RANK))
             mean = torch.cat([torch.tensor([loss]), *(g.flatten() for g in grads.values())])
@@ -117,13 +119,16 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def joint_results(tmp_path_factory) -> dict:
+def joint_results(tmp_path_factory, request) -> dict:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
+    with_case = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    chosen = list(dict.fromkeys(each["case"] for each in with_case if isinstance(each.get("case"), Case)))
+    chosen = [case for case in chosen if case in [run.values[0] for run in RUNS]]
+    torch.multiprocessing.spawn(work, (str(folder), chosen), nprocs=RANKS)
     return torch.load(folder / "results.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("case", RUNS, ids=str)
+@pytest.mark.parametrize("case", RUNS)
 def test_two_ranks_give_the_gradient_of_one_with_the_joined_batch(joint_results, case):
     result = joint_results.get(str(case), "not run, because an earlier task failed")
     assert not isinstance(result, str), result
@@ -135,7 +140,7 @@ def test_two_ranks_give_the_gradient_of_one_with_the_joined_batch(joint_results,
     assert float((joint[1:] - single).norm() / single.norm()) < ROUNDING
 
 
-@pytest.mark.parametrize("case", RUNS, ids=str)
+@pytest.mark.parametrize("case", RUNS)
 def test_the_gradient_of_a_rank_alone_is_another_one(case):
     """The comparison above can fail: the two ranks' batches do not ask for the same step by chance."""
     _, whole = gradients(case, range(RANKS * PER_RANK))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,17 +79,23 @@ def test_what_is_no_comparison_is_refused_in_one_line(options, said):
         make_grid(config_of(**options))
 
 
-@pytest.fixture
-def scored(tmp_path):
-    """A benchmark whose runs are made up: `voco` is better than scratch, `slow` as good as it."""
-    manifest = make_data(tmp_path / "data", subjects=tuple("abcdefgh"), frames=2)
-    config = config_of(tmp_path / "out", labels=["1", "all"], draws=3)
-    grid = make_grid(config)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scored")
+    manifest = make_data(folder / "data", subjects=tuple("abcdefgh"), frames=2)
     good = {"scratch": 0.3, "voco": 0.8, "slow": 0.3}
-    for number, cell in enumerate(grid.cells):
+    for number, cell in enumerate(make_grid(config_of(folder / "out", labels=["1", "all"], draws=3)).cells):
         seed = number if cell.arm != "slow" else 100 + number
         make_run(Path(cell.config.out), manifest, draw=cell.draw, labels=cell.labels, good=good[cell.arm], seed=seed)
-    return config, grid
+    return folder
+
+
+@pytest.fixture
+def scored(tmp_path, made):
+    """A benchmark whose runs are made up: `voco` is better than scratch, `slow` as good as it."""
+    shutil.copytree(made / "out", tmp_path / "out")
+    config = config_of(tmp_path / "out", labels=["1", "all"], draws=3)
+    return config, make_grid(config)
 
 
 def test_the_sums_are_those_of_a_loop_over_draws_and_subjects(scored):

@@ -212,13 +212,14 @@ def finetuning(source, out, **more) -> FinetuneConfig:
 
 
 @pytest.fixture(scope="module")
-def leaky(tmp_path_factory, phantoms):
+def leaky(tmp_path_factory, phantoms, runs):
     """A chain: the first encoder saw a rescaled, flipped copy of a test subject under a stranger's name."""
     folder = tmp_path_factory.mktemp("leaky")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDCL_STORE", str(folder / "store"))
-        clean = medcl.pretrain(pretraining(phantoms, folder / "clean"))
-        fine = medcl.finetune(finetuning(phantoms, folder / "fine", init=str(clean)))
+        clean, fine = folder / "clean", folder / "fine"
+        shutil.copytree(runs / "pre", clean)
+        shutil.copytree(runs / "fine", fine)
         test = json.loads((fine / "split.json").read_text())["test"][0]
         manifest = manifest_of(phantoms)
         case = next(case for case in manifest.cases if case.subject == test)

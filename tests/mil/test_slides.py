@@ -257,13 +257,10 @@ def test_an_overlap_that_is_no_whole_part_of_a_cell_is_told():
         step_of((8, 8, 8), 0.3)
 
 
-def test_a_volume_is_a_bag_of_cells_or_of_slices_too(tmp_path, phantoms):
+def test_a_volume_is_a_bag_of_cells_or_of_slices_too(tmp_path, phantoms, runs):
     import nibabel as nib
 
-    options = {"hidden": 16, "size": [16, 16, 16]}
-    run = medcl.pretrain(
-        PretrainConfig(str(phantoms), str(tmp_path / "pre"), width=4, steps=2, batch_size=2, options=options)
-    )
+    run = runs / "pre"
     scans = sorted((phantoms / "imagesTr").glob("*.nii.gz"))[:4]
     source = table(tmp_path, *[[f"v{n}", path, ("a", "b")[n % 2], f"g{n}"] for n, path in enumerate(scans)])
     found = {}

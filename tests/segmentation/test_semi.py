@@ -11,7 +11,7 @@ from small_runs import Killed, kill_at
 
 import medcl
 import medcl.store.crops
-from medcl import FinetuneConfig, PretrainConfig
+from medcl import FinetuneConfig
 from medcl.checkpoint import load_weights
 from medcl.errors import MedclError
 from medcl.networks.backbones import BackboneSpec, build_backbone
@@ -252,12 +252,8 @@ def test_bad_settings_are_one_line_before_anything_is_written(phantoms, tmp_path
     assert "\n" not in str(caught.value) and not (tmp_path / "x").exists()
 
 
-def test_it_starts_from_pretrained_weights_too(tmp_path, phantoms):
-    options = {"hidden": 16, "embedding": 8}
-    pre = medcl.pretrain(
-        PretrainConfig(str(phantoms), str(tmp_path / "pre"), steps=2, batch_size=2, width=4, options=options)
-    )
-    seen = []
+def test_it_starts_from_pretrained_weights_too(tmp_path, phantoms, runs):
+    pre, seen = runs / "pre", []
     original = SegmentationModule.__init__
 
     def spy(self, backbone, *args, **kwargs):
@@ -287,13 +283,9 @@ def test_core_tuning_beside_mixed_patches_resumes_bit_for_bit(tmp_path, phantoms
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_frozen_weights_stay_and_slowed_ones_move_less(tmp_path, phantoms):
-    options = {"hidden": 16, "embedding": 8}
-    pre = medcl.pretrain(
-        PretrainConfig(str(phantoms), str(tmp_path / "pre"), steps=2, batch_size=2, width=4, options=options)
-    )
+def test_frozen_weights_stay_and_slowed_ones_move_less(tmp_path, phantoms, runs):
+    pre, moved = runs / "pre", {}
     state = load_weights(pre)[1]
-    moved = {}
     for name, change in (("frozen", {"frozen": 1.0}), ("slow", {"layer_decay": 0.3}), ("plain", {})):
         run = medcl.finetune(
             finetuning(phantoms, tmp_path / name, width=0, init=str(pre), val_every=4, weight_decay=0.0, **change)
