@@ -43,6 +43,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python, the system, medcl and the packages it stands on."""
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for name in PACKAGES:
         try:
@@ -53,6 +54,7 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> dict[str, Any]:
+    """Cores, memory in GB, and every GPU that torch sees, with its memory."""
     import torch
 
     found: dict[str, Any] = {
@@ -72,6 +74,7 @@ def devices() -> dict[str, Any]:
 
 
 def threads() -> dict[str, Any]:
+    """Threads of torch, the variables that govern them, and the machine's load."""
     import torch
 
     return {

@@ -208,6 +208,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str, Command]] = {
 
 
 def usage() -> str:
+    """The list of commands, as `medcl --help` prints it."""
     lines = [f"  {name:<13}{text}" for name, (text, *_) in COMMANDS.items()]
     return "\n".join(
         [

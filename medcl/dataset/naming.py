@@ -39,6 +39,7 @@ _GENERIC_FOLDER = re.compile(
 
 
 def without_suffix(name: str) -> str:
+    """The file name without its volume suffix, such as `.nii.gz`."""
     suffix = volume_suffix(name)
     return name[: len(name) - len(suffix)] if suffix else name
 

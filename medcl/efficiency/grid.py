@@ -39,9 +39,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Attributes:
-    encoders: pretrainings by the name of their arm.
-    cells: fine-tunings, those of few labels first.
+    """What a benchmark trains.
+
+    Attributes:
+        encoders: pretrainings by the name of their arm.
+        cells: fine-tunings, those of few labels first.
     """
 
     encoders: dict[str, PretrainConfig]

@@ -128,8 +128,7 @@ def _sensitivity(scores: Scores, config: BenchmarkConfig) -> list[str]:
 
 
 def _stamps(config: BenchmarkConfig, grid: Grid) -> tuple[list[str], list[str]]:
-    """What results of the grid are marked with, once an arm: leakage that the user has allowed, and what else was told
-    of the check for it."""
+    """What results are marked with, once an arm: leakage that was allowed, and notes of the check for it."""
     found: dict[tuple[bool, str], None] = {}
     for cell in grid.cells:
         path = Path(cell.config.out) / config.subjects / "evaluation.json"
@@ -169,6 +168,7 @@ def sentence(arm: str, labels: str, difference: PairedDifference, p: float, base
 
 
 def describe_labels(labels: str) -> str:
+    """`1 label`, `2 labels` or `all labels`."""
     return "all labels" if labels == "all" else counted(int(labels), "label")
 
 

@@ -38,6 +38,7 @@ def check_absent(absent: str) -> None:
 
 
 def other_rule(absent: str) -> str:
+    """The rule that is not this one."""
     return next(rule for rule in COUNTS if rule != absent)
 
 

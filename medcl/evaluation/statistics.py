@@ -251,6 +251,7 @@ def format_difference(interval: Interval, measure: Measure) -> str:
 
 
 def format_p(p: float) -> str:
+    """`p < 0.001`, `p = 0.012` or `p = 0.34`."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 

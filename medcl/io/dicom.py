@@ -61,6 +61,7 @@ def has_magic(path: str | Path) -> bool:
 
 
 def short_hash(text: object, length: int = 10) -> str:
+    """The first digits of the SHA-256 of a text: a name for an identifier that is kept secret."""
     return hashlib.sha256(str(text).encode()).hexdigest()[:length]
 
 

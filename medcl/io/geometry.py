@@ -75,6 +75,7 @@ def spacing_of(affine: np.ndarray) -> tuple[float, ...]:
 
 
 def orientation_of(affine: np.ndarray) -> str:
+    """nibabel's axis codes, such as `RAS`, of a matrix from voxel index to RAS+ mm."""
     import nibabel as nib
 
     return "".join(nib.aff2axcodes(affine))

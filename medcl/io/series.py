@@ -162,6 +162,7 @@ def open_series(paths: Sequence[Path]) -> tuple[Header, Any]:
 
 
 def header_of(geometry: Geometry) -> Header:
+    """The header of the grid that the slices of a series are read onto."""
     first, count = geometry.channels[0][0], len(geometry.channels)
     shape = (*geometry.shape, count) if count > 1 else geometry.shape
     return Header(shape, LPS_TO_RAS @ geometry.affine, first.dtype, geometry.notes, first.modality)

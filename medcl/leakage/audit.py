@@ -177,8 +177,10 @@ def refuse(
 
 
 def stamp(result: Mapping[str, Any], run: Path) -> list[str]:
-    """What the scores of a run are marked with: overlaps of its test volumes, and of its validation volumes, by which
-    its weights were chosen."""
+    """What the scores of a run are marked with.
+
+    Overlaps of its test volumes, and of its validation volumes, by which its weights were chosen.
+    """
     path = run / "audit.json"
     earlier: dict[str, Any] = read_json(path) if path.exists() else {"sentence": "", "overlaps": []}
     told = {each["case"] for each in result["overlaps"]}

@@ -175,6 +175,7 @@ NAMES = {
 
 
 def print_scores(result: dict[str, Any]) -> None:
+    """Prints scores with their intervals, and what they are marked with."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

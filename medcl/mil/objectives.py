@@ -47,7 +47,8 @@ class Plain:
     divisible = True
 
     def __init__(self, model: BagClassifier, config: MILFitConfig, sizes: Sequence[int], labels: Tensor):
-        """
+        """Prepares the objective.
+
         Args:
             model: what is trained, on its device; what the objective adds to it is trained too.
             config: of the stage.

@@ -156,8 +156,7 @@ def pretrain_patches(config: MILPretrainConfig) -> Path:
 
 
 def gather_tiles(bags: tuple[Bag, ...], config: MILPretrainConfig) -> tuple[np.ndarray, list[Bag]]:
-    """Tiles (K, 3, H, W) uint8, of every bag its share of `most_tiles`, and these bags; bad ones are told and left out.
-    """
+    """Tiles (K, 3, H, W) uint8, of every bag its share of `most_tiles`, and these bags; bad ones are left out."""
     tiling = Tiling(config.tile, config.mpp, config.overlap, config.tissue)
     most = max(1, config.most_tiles // len(bags))
     rng = np.random.default_rng([config.seed, 3])

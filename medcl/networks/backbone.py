@@ -188,6 +188,7 @@ def _names_below(net: nn.Module, modules: Sequence[nn.Module]) -> set[str]:
 
 
 def widths(width: int, levels: int) -> list[int]:
+    """Channels of every level: doubled from level to level, up to `MAX_CHANNELS`."""
     return [min(width * 2**level, MAX_CHANNELS) for level in range(levels)]
 
 
@@ -199,12 +200,18 @@ NORMS: dict[str, Any] = {
 
 
 def norm_of(spec: BackboneSpec) -> Any:
+    """MONAI's name and arguments of a network's normalisation.
+
+    Raises:
+        MedclError: an unknown name.
+    """
     if spec.norm not in NORMS:
         raise MedclError(f"unknown normalisation {spec.norm!r}", "--norm", f"Use one of {', '.join(NORMS)}.")
     return NORMS[spec.norm]
 
 
 def cumulative(strides: Sequence[Triple]) -> tuple[Triple, ...]:
+    """Voxels of the input per voxel of every level, from the strides between levels."""
     total, out = (1, 1, 1), []
     for stride in strides:
         total = (total[0] * stride[0], total[1] * stride[1], total[2] * stride[2])

@@ -36,6 +36,7 @@ def _copied(module: nn.Module, inputs: Any, output: Any) -> Any:
 
 
 def is_sharded(module: nn.Module) -> bool:
+    """Whether the module's parameters are divided over processes."""
     return any(hasattr(p, "full_tensor") for p in module.parameters())
 
 

@@ -63,8 +63,10 @@ class Checks:
 
 
 def is_count(value: Any) -> bool:
+    """Whether a value is a positive whole number."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def is_triple(value: Any) -> bool:
+    """Whether a value is three positive whole numbers."""
     return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_count, value))

@@ -100,8 +100,11 @@ class GlobalContrast(PretextTask):
         return f"{self.options.strategy} on {grid} partitions, views of {size} voxels"
 
     def views(self, batch: Tensors) -> Tensors:
-        """`view` (N, V, 1, *size) of N reads, which voxels of them hold data, `inside`, and their `volume` and
-        `partition` (N,)."""
+        """Versions of N reads, and where they come from.
+
+        Returns:
+            `view` (N, V, 1, *size), `inside`, which of its voxels hold data, and `volume` and `partition` (N,).
+        """
         original = self.options.strategy != "GR"  # is one of the versions
         shown = [
             (self.plain if original and number == 0 else self.view).of_reads(batch, number)

@@ -133,10 +133,12 @@ def lend_backbone(part: PretextTask) -> None:
 
 
 def of(name: str, tensors: Tensors) -> Tensors:
+    """The tensors of one part, `global` or `local`, under the names they have there."""
     return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
 def present(tensors: Tensors) -> tuple[str, ...]:
+    """The parts, `global` and `local`, that have tensors among these."""
     return tuple(name for name in ("global", "local") if any(key.startswith(f"{name}.") for key in tensors))
 
 

@@ -29,6 +29,7 @@ UNSEEN = 2**40  # a read of this number or above is of no training step
 
 
 def without_gradient(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, detached."""
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 

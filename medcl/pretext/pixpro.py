@@ -109,8 +109,12 @@ class PixPro(PretextTask):
         return f"{self.options.form} on a map of {size} voxels {place}, two views of {view} voxels a volume"
 
     def views(self, batch: Tensors) -> Tensors:
-        """`view` (N, 2, 1, *size), the map voxels' centres `mm` (N, 2, P, 3), which of them show data, `inside`
-        (N, 2, P), and a map voxel's `diagonal` (N, 2)."""
+        """Two views of N reads, and where the voxels of their maps lie.
+
+        Returns:
+            `view` (N, 2, 1, *size), the map voxels' centres `mm` (N, 2, P, 3), `inside` (N, 2, P), which of them show
+            data, and a map voxel's `diagonal` (N, 2) in mm.
+        """
         shown = [self.view.of_reads(batch, number) for number in range(2)]
         points = map_to_view(grid_points(self.map_size, self.step.device), self.step, self.first)
         box = data_box(batch)

@@ -83,8 +83,12 @@ class SimCLR(PretextTask):
         return f"two views of {' x '.join(map(str, self.size))} voxels a volume, {self.options.loss}"
 
     def views(self, batch: Tensors) -> Tensors:
-        """`view` (2N, 1, *size), all first views before all second ones, which voxels of them hold data, `inside`, and
-        the `volume` (2N,) that each is of."""
+        """Two views of N reads.
+
+        Returns:
+            `view` (2N, 1, *size), all first views before all second ones, `inside`, which of its voxels hold data, and
+            the `volume` (2N,) that each is of.
+        """
         images, _, inside = zip(*(self.view.of_reads(batch, number) for number in range(2)), strict=True)
         return {"view": torch.cat(images), "inside": torch.cat(inside), "volume": batch["volume"].repeat(2)}
 

@@ -163,6 +163,7 @@ def check(config: PretrainConfig) -> None:
 
 
 def log_subjects(stored: list[Stored], split: Split | None) -> None:
+    """Logs how many subjects pretrain, and how many are left out."""
     if split:
         log.info("%d subjects pretrain; %d of validation and %d of test are left out (--subjects all takes them).",
                  len({item.case.subject for item in stored}), len(split.val), len(split.test))  # fmt: skip
@@ -207,6 +208,7 @@ def choose_subjects(manifest: Manifest, config: PretrainConfig) -> tuple[tuple[s
 def contract_of(
     task: PretextTask, config: PretrainConfig, plan: Plan, spec: BackboneSpec, stored: list[Stored]
 ) -> Contract:
+    """The contract of the weights, without the tensors that were trained."""
     return Contract(
         kind="pretrained",
         backbone=spec,

@@ -194,6 +194,7 @@ def subject_differences(result: Mapping[str, Any]) -> str:
 
 
 def plain(axes: Axes, title: str = "") -> None:
+    """Gives axes the look of all figures: no frame above and to the right, a light grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(labelsize=8, color=GREY)

@@ -68,6 +68,7 @@ def section(title: str, *body: str) -> str:
 
 
 def subsection(title: str, *body: str) -> str:
+    """A heading of the third level with what stands under it."""
     return f"<h3>{escape(title)}</h3>\n" + "\n".join(body)
 
 
@@ -80,14 +81,17 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def warnings(lines: Iterable[str]) -> str:
+    """A marked paragraph for every line."""
     return "\n".join(f'<p class="warning" role="note">{escape(line)}</p>' for line in lines)
 
 
 def bullets(lines: Sequence[str]) -> str:
+    """A list; nothing for no lines."""
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 
 def details(summary: str, *body: str) -> str:
+    """Parts behind a summary that a click opens; nothing for no parts."""
     content = "\n".join(part for part in body if part)
     return f"<details><summary>{escape(summary)}</summary>\n{content}\n</details>" if content else ""
 
@@ -131,6 +135,7 @@ def figure(uri: str, alt: str, caption: str = "", *, large: bool = False) -> str
 
 
 def grid(*figures: str) -> str:
+    """Figures side by side; nothing for none."""
     shown = [each for each in figures if each]
     return '<div class="grid">' + "\n".join(shown) + "</div>" if shown else ""
 

@@ -35,6 +35,7 @@ def headline(config: Mapping[str, Any], scores: Mapping[str, Any] | None, series
 
 
 def numbers(scores: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+    """Tables of the scores: by class with intervals, and by case."""
     head = ["class", *(_metric_title(metric, scores) for metric in MEASURES), "subjects", "missed", "invented"]
     lines = [["mean over classes", *interval_cells(scores["mean"]), scores["mean"]["dice"]["n_subjects"], "", ""]]
     for entry in scores["classes"]:
@@ -90,6 +91,7 @@ def curves(series: Mapping[str, figures.Series]) -> list[str]:
 
 
 def what_was_read(manifest: Manifest | None, split: Mapping[str, Sequence[str]]) -> list[str]:
+    """What the run read: volumes, subjects by part of the split, and how they were found."""
     if manifest is None:
         return []
     cases = manifest.cases
@@ -125,6 +127,7 @@ def what_was_read(manifest: Manifest | None, split: Mapping[str, Sequence[str]])
 
 
 def how_it_was_made(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
+    """The provenance of a run, and its options behind a click."""
     return [
         html.facts({key.replace("_", " "): safe(value) for key, value in provenance.items()}),
         html.details("Every option", html.facts({key: safe(value) for key, value in config.items()})),

@@ -77,11 +77,13 @@ def disk_error(error: OSError, path: str | Path) -> MedclError:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Writes a text in UTF-8, whole or not at all."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, data: Any) -> None:
+    """Writes JSON, whole or not at all."""
     with atomic_path(path) as part, open(part, "w", encoding="utf-8") as stream:
         json.dump(data, stream, indent=1, ensure_ascii=False, allow_nan=False)  # never the whole text in memory
         stream.write("\n")
@@ -102,6 +104,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def sha256(chunks: Callable[[], Iterator[bytes]] | bytes) -> str:
+    """The SHA-256, in hexadecimal, of bytes or of chunks of them."""
     digest = hashlib.sha256()
     if isinstance(chunks, bytes):
         digest.update(chunks)

@@ -90,6 +90,7 @@ def make_room(backbone: Any, where: str, error: BaseException) -> None:
 
 
 def free_cache() -> None:
+    """Frees what Python no longer needs, and torch's cached blocks of GPU memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

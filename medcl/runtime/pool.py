@@ -18,6 +18,7 @@ FEWEST = 48  # below this many tasks, starting processes costs more than it save
 
 
 def available_cores() -> int:
+    """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -74,6 +74,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def write_config(run: Path, stage: str, config: Any) -> None:
+    """Writes `config.yaml`: the stage and every setting."""
     import yaml
 
     write_text(run / "config.yaml", yaml.safe_dump({"stage": stage, **to_plain(config)}, sort_keys=False))
@@ -153,6 +154,7 @@ class _Screen(logging.Handler):
 
 
 def setup_log() -> None:
+    """Sends the log to the screen; calling it again changes nothing."""
     log.setLevel(logging.INFO)
     log.propagate = False
     if not any(isinstance(h, _Screen) for h in log.handlers):

@@ -245,6 +245,7 @@ def trainer_for(
 
 
 def quiet_lightning() -> None:
+    """Silences Lightning's messages and the warnings that concern no user of medcl."""
     for name in ("pytorch_lightning", "lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for text in (".*does not have many workers.*", ".*torch.cpu.amp.autocast.*", ".*LeafSpec.*", ".*in eval mode.*"):

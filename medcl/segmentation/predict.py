@@ -137,6 +137,11 @@ def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, .
 
 
 def chosen_cases(manifest: Manifest, config: PredictConfig) -> tuple[Case, ...]:
+    """All cases, or those of a part of the run's own split.
+
+    Raises:
+        MedclError: the manifest holds none of them.
+    """
     if config.subjects == "all":
         return manifest.cases
     cases = cases_of(manifest, getattr(Split.load(Path(config.run) / "split.json"), config.subjects))

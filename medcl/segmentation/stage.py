@@ -123,6 +123,7 @@ def finetune(config: FinetuneConfig) -> Path:
 
 
 def new_split(study: Study[FinetuneConfig]) -> Split:
+    """The split by subject, with the labelled subjects of this draw."""
     config = study.config
     split = make_split(study.manifest, config.test_fraction, config.val_fraction, config.split_seed)
     return draw_labelled(split, study.manifest, config.labels, config.draw)
@@ -210,6 +211,7 @@ def module_for(
 
 
 def validation(study: Study[FinetuneConfig], val: list[Stored], patch: Sequence[int], keep: Any) -> Validate:
+    """The callback that validates, and keeps the best weights by `keep`."""
     config = study.config
     volumes = [(item.case.subject, item.path) for item in val]
     every = config.val_every or max(1, config.steps // 10)
@@ -290,6 +292,7 @@ def contract_of(
     config: FinetuneConfig, plan: Plan, spec: BackboneSpec, values: tuple[int, ...], train: list[Stored],
     semi: SemiMethod | None,
 ) -> Contract:  # fmt: skip
+    """The contract of the weights, without the tensors that were trained."""
     settings = {"semi_options": asdict(semi.options)} if semi else {}  # with the defaults of today
     return Contract(
         kind="segmentation",

@@ -171,6 +171,7 @@ def strides_for(patch: Sequence[int], spacing: Sequence[float]) -> tuple[Triple,
 
 
 def round_up(size: Sequence[int], multiple: Sequence[int]) -> Triple:
+    """The size rounded up to a multiple along every axis."""
     a, b, c = (max(1, math.ceil(n / m)) * m for n, m in zip(size, multiple, strict=True))
     return a, b, c
 

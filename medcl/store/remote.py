@@ -21,6 +21,7 @@ ORIGIN = "origin.txt"  # in the local folder: the address of the store that it m
 
 
 def is_remote(store: str) -> bool:
+    """Whether a store is named by an fsspec address."""
     return "://" in str(store)
 
 

@@ -65,6 +65,7 @@ def signature_path(store: Path, files: Sequence[str], channel: int | None) -> Pa
 
 
 def save_signature(path: Path, signature: Signature) -> None:
+    """Writes a signature as `.npz`, whole or not at all."""
     with atomic_path(path) as part, open(part, "wb") as stream:
         np.savez_compressed(stream, voxels=signature.voxels, values=signature.values, thumbnail=signature.thumbnail)
 

@@ -72,6 +72,7 @@ def guess_modality(manifest: Manifest) -> Manifest:
 
 
 def describe(manifest: Manifest) -> str:
+    """One line: volumes, subjects, labelled ones, what is set aside, and how subjects were found."""
     aside = sum(problem.aside for problem in manifest.problems)
     found = f"{len(manifest.cases)} volumes of {len(manifest.subjects)} subjects, {len(manifest.labelled)} labelled"
     return f"{found}, {aside} set aside ({manifest.rule.rstrip('.')})"

@@ -84,8 +84,12 @@ class RandomSpatial(RandomTransform):
         self.label_mode, self.label_padding, self.margin = label_mode, label_padding, margin
 
     def _draw(self, seeds: Tensor, shape: tuple[int, ...], spacing: tuple[float, ...]) -> Params:
-        """Besides `active`: `warped` (B,), `flip` (B, 3), and the map from output to source voxels about the centre:
-        `matrix` (B, 3, 3), `offset` (B, 3) and `control` (B, 3, k, l, m), displacements in voxels."""
+        """Draws the parameters of every sample.
+
+        Returns:
+            Besides `active`: `warped` (B,), `flip` (B, 3), and the map from output to source voxels about the centre:
+            `matrix` (B, 3, 3), `offset` (B, 3) and `control` (B, 3, k, l, m), displacements in voxels.
+        """
         shape = within(shape, self.margin)
         mm = torch.tensor(spacing, dtype=torch.float32)
         flat = max(spacing) / min(spacing) > STRONGLY_ANISOTROPIC if self.in_plane is None else self.in_plane

@@ -18,6 +18,8 @@ from medcl.segmentation.semi.rows import Rows
 
 @dataclass(frozen=True)
 class MeanTeacherOptions(SemiOptions):
+    """Settings of all methods, with a larger weight: squared differences are small."""
+
     weight: float = 5.0
 
 
