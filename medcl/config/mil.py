@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from medcl.config.groups import ScheduleSettings
 from medcl.config.kinds import (
     Accelerator,
     Count,
@@ -21,8 +22,25 @@ from medcl.config.kinds import (
 Aggregators = Literal["mean", "max", "abmil", "gated_abmil", "clam_sb", "clam_mb", "dsmil", "transmil"]
 
 
-@dataclass(frozen=True)
-class MILPrepareConfig(Settings):
+@dataclass(frozen=True, kw_only=True)
+class TilingSettings:
+    """Tiles of slides and images.
+
+    Args:
+        mpp: microns per pixel of a tile; 0 takes pixels as they are, as is done for images that say no resolution.
+        slide_mpp: microns per pixel of slides that do not say it.
+        overlap: share of a tile, or of a cell, that it shares with the next.
+        tissue: least share of a tile that must be tissue.
+    """
+
+    mpp: NonNegative = 0.5
+    slide_mpp: NonNegative = 0.0
+    overlap: ShareBelowOne = 0.0
+    tissue: Share = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class MILPrepareConfig(TilingSettings, Settings):
     """Extract the features of every bag: slides, images, folders of patches, volumes or feature files.
 
     Args:
@@ -31,10 +49,6 @@ class MILPrepareConfig(Settings):
         encoder: run folder of `medcl mil pretrain` (patches) or `medcl pretrain` (volumes); resnet18, resnet34 or
             resnet50 with random weights; `timm:NAME`, which downloads it; or `MODULE:FUNCTION`.
         tile: pixels of a tile's side.
-        mpp: microns per pixel of a tile; 0 takes pixels as they are, as is done for images that say no resolution.
-        slide_mpp: microns per pixel of slides that do not say it.
-        overlap: share of a tile, or of a cell, that it shares with the next.
-        tissue: least share of a tile that must be tissue.
         instances: what a volume is a bag of: `sub_volumes`; `slices`, axial; or `cells`, a grid over the whole volume,
             each with the features of every map of the encoder at that place. Slices may also go to a 2D encoder.
         sub_volume: voxels of a sub-volume of the prepared volume, by default half a fine-tuning patch, overlapping by
@@ -46,14 +60,10 @@ class MILPrepareConfig(Settings):
         accelerator: what to compute on.
     """
 
-    bags: str
-    out: str
+    bags: str = field(kw_only=False)
+    out: str = field(kw_only=False)
     encoder: str = "resnet18"
     tile: Annotated[int, Within(16)] = 256
-    mpp: NonNegative = 0.5
-    slide_mpp: NonNegative = 0.0
-    overlap: ShareBelowOne = 0.0
-    tissue: Share = 0.25
     instances: Literal["sub_volumes", "slices", "cells"] = "sub_volumes"
     sub_volume: tuple[Count, Count, Count] | None = None
     maps: Natural = 0
@@ -62,55 +72,40 @@ class MILPrepareConfig(Settings):
     accelerator: Accelerator = "auto"
 
 
-@dataclass(frozen=True)
-class MILPretrainConfig(Settings):
+@dataclass(frozen=True, kw_only=True)
+class MILPretrainConfig(ScheduleSettings, TilingSettings, Settings):
     """Pretrain a 2D encoder on the patches of bags, without labels.
 
     Args:
         bags: `bags.csv`, as for `medcl mil prepare`.
         out: run folder to write.
         method: simclr, or dcl for small batches.
-        encoder: resnet18, resnet34 or resnet50.
+        encoder: network.
         width: factor on its channels.
-        tile, mpp, slide_mpp, overlap, tissue: as for `medcl mil prepare`.
+        tile: pixels of a tile's side.
         most_tiles: tiles held in memory, drawn evenly from the bags.
-        steps: optimiser steps.
         batch_size: tiles a step.
-        lr: peak learning rate.
-        weight_decay: AdamW weight decay.
-        warmup: share of the steps over which the learning rate rises.
         temperature: of the similarities.
         seed: of weights, tiles and views.
         precision: auto takes bf16 where the hardware multiplies in it, else 16 on a GPU and 32 on a CPU.
         accelerator: what to compute on.
-        checkpoint_every: steps between checkpoints.
         stop_on_collapse: end the run where the loss stands still at a trivial solution.
-        resume: go on from the last checkpoint of `out`.
     """
 
-    bags: str
-    out: str
+    bags: str = field(kw_only=False)
+    out: str = field(kw_only=False)
     method: Literal["simclr", "dcl"] = "dcl"
-    encoder: str = "resnet18"
+    encoder: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
     width: Positive = 1.0
     tile: Annotated[int, Within(32)] = 96
-    mpp: NonNegative = 0.5
-    slide_mpp: NonNegative = 0.0
-    overlap: ShareBelowOne = 0.0
-    tissue: Share = 0.25
     most_tiles: Annotated[int, Within(2)] = 20000
-    steps: Count = 1000
     batch_size: Annotated[int, Within(2)] = 64
-    lr: Positive = 1e-3
     weight_decay: NonNegative = 1e-4
-    warmup: ShareBelowOne = 0.05
     temperature: Positive = 0.1
     seed: Natural = 0
     precision: Precision = "auto"
     accelerator: Accelerator = "auto"
-    checkpoint_every: Count = 200
     stop_on_collapse: bool = False
-    resume: bool = False
 
 
 @dataclass(frozen=True)
