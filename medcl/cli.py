@@ -225,7 +225,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, 2 for an error that a user can mend, 3 for an overlap told by audit, 130 at ^C."""
+    """Runs a command; returns 0, 2 for an error that a user can mend, 3 for an overlap in an audit, 130 at ^C."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def one_line(error: Exception) -> str:
-    """What a user is told of an error; only one that medcl did not foresee mentions --debug."""
+    """The line that a user sees of an error; only one that medcl did not foresee mentions --debug."""
     if isinstance(error, MedclError):
         return str(error)
     if isinstance(error, OSError) and error.filename:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class MedclError(Exception):
-    """An error a user can cause and mend, told in one line: what, where, remedy.
+    """An error that a user can cause and mend, in one line: what, where, remedy.
 
     Args:
         what: what is wrong, in the user's terms.

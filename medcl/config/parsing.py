@@ -185,7 +185,7 @@ def _nested(options: Any) -> Any:
 
 
 def _check_files(flags: list[str], fields: dict[str, Any], command: str) -> None:
-    """Unknown keys of a config file, told by file and key before jsonargparse sees it."""
+    """Refuses unknown keys of a config file, by file and key, before jsonargparse sees it."""
     import yaml
 
     for flag in flags:

@@ -138,13 +138,13 @@ def subjects(names: Sequence[str]) -> dict[str, str]:
     result = {}
     for name in names:
         person, folders = persons[name], _folders(name)
-        told = next((folder for folder in reversed(folders) if _SUBJECT_FOLDER.match(folder)), None)
-        if told is None and folders and len(folders[-1]) > 2 and stem(name).lower().startswith(folders[-1].lower()):
-            told = _person(folders[-1]) if re.search(r"\d", folders[-1]) else None
+        found = next((folder for folder in reversed(folders) if _SUBJECT_FOLDER.match(folder)), None)
+        if found is None and folders and len(folders[-1]) > 2 and stem(name).lower().startswith(folders[-1].lower()):
+            found = _person(folders[-1]) if re.search(r"\d", folders[-1]) else None
         vague = not person or (not re.search(r"\d", person) and len(places[person]) > 1)
-        if not told and vague:
-            told = next((folder for folder in reversed(folders) if not _says_nothing(folder)), None)
-        result[name] = safe(told or person or stem(name))
+        if not found and vague:
+            found = next((folder for folder in reversed(folders) if not _says_nothing(folder)), None)
+        result[name] = safe(found or person or stem(name))
     return result
 
 

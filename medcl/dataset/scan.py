@@ -68,8 +68,8 @@ def scan(
     kept, twins = without_twins(root, read, found.volumes)
     rule = layout.rule if layout.cases or not series else ""
     if series:
-        told = "DICOM: one case per series, the subject is the hashed patient number"
-        rule = f"{rule}; {told}" if rule else told
+        series_rule = "DICOM: one case per series, the subject is the hashed patient number"
+        rule = f"{rule}; {series_rule}" if rule else series_rule
     return Manifest(
         root=str(root),
         layout=layout.name if layout.cases or not series else "dicom",
@@ -170,7 +170,7 @@ def _series(root: Path, files: Sequence[str], workers: int | None, progress: boo
     failed: list[_Read] = [([], [Problem(file, "reading it crashed the reader", "Leave it out.")]) for file in files]
     tasks = [(root, file) for file in files]
     read = map_safely(_read_slices, tasks, failed, workers, "Reading DICOM headers" if progress else None)
-    problems = [problem for _, told in read for problem in told]
+    problems = [problem for _, found in read for problem in found]
     groups: dict[str, list[dicom.Slice]] = defaultdict(list)
     for slices, _ in read:
         for one in slices:
@@ -264,16 +264,16 @@ def _inspect(task: tuple[Path, Case, int | None, bool]) -> _Result:
             checks.check_label(found, image, path)
             if not found.array.any():
                 what = "the label map holds background only"
-                told = Problem(case.label, what, "Check that it is meant so; it counts as labelled.", aside=False)
-                return _Result(case, (told,), digest)
+                empty = Problem(case.label, what, "Check that it is meant so; it counts as labelled.", aside=False)
+                return _Result(case, (empty,), digest)
         else:
             label = read_header([path])
             pick_channel(label, None, path)
             checks.check_grid(_blank(label), image, path)
     except Exception as error:
         problem = _problem_of(root, error, case.label)
-        told = replace(problem, what=f"{problem.what}; its image {case.image[0]} is kept as unlabelled")
-        return _Result(replace(case, label=None), (told,), digest)
+        lost = replace(problem, what=f"{problem.what}; its image {case.image[0]} is kept as unlabelled")
+        return _Result(replace(case, label=None), (lost,), digest)
     return _Result(case, (), digest)
 
 

@@ -1,4 +1,4 @@
-"""A manifest told to a person, and to a machine."""
+"""A summary of a manifest, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def print_summary(manifest: Manifest, console: Console | None = None) -> None:
     if manifest.problems:
         aside = facts["set_aside"]
         console.print(f"[bold]{len(manifest.problems)} problems[/bold], {aside} files set aside:")
-        # What was set aside is told before mere warnings.
+        # What was set aside comes before mere warnings.
         for problem in sorted(manifest.problems, key=lambda problem: not problem.aside)[:SHOWN_PROBLEMS]:
             mark = "[red]aside[/red]  " if problem.aside else "[yellow]warning[/yellow]"
             console.print(f"  {mark} {escape(str(problem))}", soft_wrap=True)

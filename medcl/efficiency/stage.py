@@ -155,7 +155,7 @@ def _train(task: _Task) -> str:
     name = run.name
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            told = _steps(task, run)
+            outcome = _steps(task, run)
     except MedclError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         return str(error)
@@ -166,7 +166,7 @@ def _train(task: _Task) -> str:
         line = f"{run}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         print(line, file=sys.stderr, flush=True)
         return line
-    print(f"{name}: {told} after {hours(time.monotonic() - began)}", file=sys.stderr, flush=True)
+    print(f"{name}: {outcome} after {hours(time.monotonic() - began)}", file=sys.stderr, flush=True)
     return ""
 
 

@@ -7,9 +7,9 @@
   mean of the paired differences, and an invention shows in both.
 - With `one`, it counts 1 in every run, invented or not by another.
 - HD95 has a value only where reference and prediction both hold the structure, by either rule. In pairs it counts where
-  both arms have it, and the pairs that one arm alone leaves out are told.
+  both arms have it, and the pairs that one arm alone leaves out are counted.
 
-What the other rule would give is told beside every result that it would change.
+What the other rule would give stands beside every result that it would change.
 """
 
 from __future__ import annotations

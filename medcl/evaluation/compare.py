@@ -174,13 +174,13 @@ def _sensitivity(
     if not absences([arm.rows for pair in raw for arm in pair]):
         return []
     invented = [sum(row["outcome"] == "invented" for pair in raw for row in pair[i].rows) for i in (0, 1)]
-    told = ", ".join(f"{statistics.counted(n, 'time')} by {name}" for n, name in zip(invented, names, strict=True))
+    times = ", ".join(f"{statistics.counted(n, 'time')} by {name}" for n, name in zip(invented, names, strict=True))
     rule = other_rule(absent)
     other = _paired(_overall(_over_same_structures(raw, rule)), PRIMARY, seed, samples)
     if not other.interval.n_subjects:
         return []
     return [
-        f"A structure that the reference lacks is invented {told}; where no run invents it, it {COUNTS[absent]}. "
+        f"A structure that the reference lacks is invented {times}; where no run invents it, it {COUNTS[absent]}. "
         f"{INSTEAD[rule].capitalize()} there, the difference would be "
         f"{statistics.format_difference(other.interval, MEASURES[PRIMARY])}, {statistics.format_p(other.p)}, "
         f"{statistics.counted(other.interval.n_subjects, 'subject')}."
@@ -193,9 +193,9 @@ def _without_distance(joined: Sequence[Row], names: tuple[str, str]) -> list[str
     alone = [sum(mine and not other for mine, other in lacks), sum(other and not mine for mine, other in lacks)]
     if not sum(alone):
         return []
-    told = ", ".join(f"{n} missed by {name} alone" for n, name in zip(alone, names, strict=True))
+    missed = ", ".join(f"{n} missed by {name} alone" for n, name in zip(alone, names, strict=True))
     return [
-        f"HD95 leaves out {statistics.counted(sum(alone), 'pair')} of {len(lacks)} (draw, case and class), {told}: "
+        f"HD95 leaves out {statistics.counted(sum(alone), 'pair')} of {len(lacks)} (draw, case and class), {missed}: "
         "read it together with Dice, where these count 0"
     ]
 
@@ -266,11 +266,11 @@ def _warnings(pairs: Sequence[tuple[Arm, Arm]]) -> list[str]:
     lines = []
     for first, second in pairs:
         # An arm that starts from a pretrained run takes its network from there, whatever its own options say.
-        told = first.network and second.network
-        free = _MAY_DIFFER | (_NETWORK if told else set())
+        known = first.network and second.network
+        free = _MAY_DIFFER | (_NETWORK if known else set())
         for what, keys in (
             ("differ in more than their initialisation", _differing(first.config, second.config) - free),
-            ("are different networks", _differing(first.network, second.network) if told else set()),
+            ("are different networks", _differing(first.network, second.network) if known else set()),
             ("were prepared by different plans", _differing(first.plan, second.plan)),
         ):
             if keys:

@@ -65,7 +65,7 @@ def score_folder(
 
     Raises:
         MedclError: there is nothing to score. One prediction among others that cannot be scored (unreadable, another
-            grid, labels that are not whole numbers) is told, listed and left out.
+            grid, labels that are not whole numbers) is logged, listed and left out.
     """
     if not (math.isfinite(tolerance_mm) and tolerance_mm >= 0):
         raise MedclError(f"{tolerance_mm} mm makes no sense", "--tolerance", "Give a length of 0 mm or more.")
@@ -248,10 +248,10 @@ def notices(result: Mapping[str, Any]) -> list[str]:
 
 def _absent(rows: Sequence[Row], classes: Mapping[int, str], absent: str) -> dict[str, Any]:
     """The rule for absent classes, how often it applies, and the overall means by the other rule."""
-    told: dict[str, Any] = {"counts": absent, "n": absences([rows])}
-    if told["n"]:
-        told["otherwise"] = summarise(with_absence_rule([rows], other_rule(absent))[0], {})["mean"]
-    return told
+    found: dict[str, Any] = {"counts": absent, "n": absences([rows])}
+    if found["n"]:
+        found["otherwise"] = summarise(with_absence_rule([rows], other_rule(absent))[0], {})["mean"]
+    return found
 
 
 def _describe_absent(absent: Mapping[str, Any]) -> list[str]:

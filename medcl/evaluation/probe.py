@@ -1,7 +1,7 @@
 """How much anatomy can be read off frozen features by the simplest means: a linear map, and the nearest neighbours.
 
-Features are the encoder's whole pyramid. Every subject is told by the others (leave one out), so nothing is fitted to
-what is scored.
+Features are the encoder's whole pyramid. Every subject is predicted from the others (leave one out), so nothing is
+fitted to what is scored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PATCHES = 4  # a volume
 
 @dataclass(frozen=True)
 class ProbeData:
-    """Patches of a few labelled volumes, and the voxels of them whose class is to be told.
+    """Patches of a few labelled volumes, and the voxels of them whose class is to be predicted.
 
     Attributes:
         images: (P, 1, D, H, W).
@@ -53,7 +53,7 @@ def probe_data(
 ) -> ProbeData:
     """Draws patches, half of them around labelled voxels, and in each as many voxels of every class, background too.
 
-    Only voxels of the volume are told: where a patch reaches beyond it, there is no class.
+    Only voxels of the volume are predicted: where a patch reaches beyond it, there is no class.
 
     Args:
         volumes: subject and folder in the store.
@@ -71,19 +71,19 @@ def probe_data(
             patch = patches[number]
             label = patch["label"][0].numpy()
             inside = box_mask(data_box({k: v[None] for k, v in patch.items()}), size)[0, 0].numpy()
-            told = np.where(inside, 0, -1)
+            channels = np.where(inside, 0, -1)
             for channel, value in enumerate(values, 1):
-                told[label == value] = channel
+                channels[label == value] = channel
             places, kinds = [], []
-            for kind in np.unique(told[inside]):
-                found = np.argwhere(told == kind)
+            for kind in np.unique(channels[inside]):
+                found = np.argwhere(channels == kind)
                 some = found[rng.permutation(len(found))[:VOXELS]]
                 places.append(some)
                 kinds.append(np.full(len(some), kind))
             images.append(patch["image"])
             voxels.append(torch.from_numpy(np.concatenate(places)).float())
             classes.append(torch.from_numpy(np.concatenate(kinds)))
-            counts = np.bincount(told[inside], minlength=len(values) + 1)
+            counts = np.bincount(channels[inside], minlength=len(values) + 1)
             shares.append(torch.from_numpy(counts / counts.sum()).float())
             owners.append(names.index(subject))
     return ProbeData(torch.stack(images), tuple(voxels), tuple(classes), torch.stack(shares), torch.tensor(owners))
@@ -126,23 +126,23 @@ def probe(backbone: Backbone, data: ProbeData, device: torch.device | str = "cpu
         pooled, shares = torch.stack(volume), data.shares
         wanted = shares.var(0) > 1e-8
         for name, predict in (("linear", ridge), ("knn", neighbours)):
-            told = left_out(predict, pooled, shares, data.subject)
-            error = (told - shares).square().mean(0) / shares.var(0, unbiased=False).clamp(min=1e-12)
+            predicted = left_out(predict, pooled, shares, data.subject)
+            error = (predicted - shares).square().mean(0) / shares.var(0, unbiased=False).clamp(min=1e-12)
             out[f"probe_volume_{name}"] = float(1 - error[wanted].mean())
     return out
 
 
 def left_out(predict, x: Tensor, y: Tensor, owner: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
     """Predictions of every row by the rows of the other owners: `predict(x, y, queries)`."""
-    told = torch.zeros_like(y)
+    predicted = torch.zeros_like(y)
     for each in owner.unique():
         mine = owner == each
-        told[mine] = predict(x[~mine], y[~mine], x[mine])
-    return told
+        predicted[mine] = predict(x[~mine], y[~mine], x[mine])
+    return predicted
 
 
 def ridge(x: Tensor, y: Tensor, queries: Tensor) -> Tensor:
-    """Ridge regression of y (n, c) on standardised x (n, d), told for queries (m, d)."""
+    """Ridge regression of y (n, c) on standardised x (n, d), predicted for queries (m, d)."""
     mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
     a = ((x - mean) / spread).double()
     centre = y.double().mean(0)

@@ -60,5 +60,5 @@ def read_maker(path: str | Path) -> tuple[str, str]:
                 run, weights = json.loads(text.rstrip("\0"))[MAKER]
                 return str(run), str(weights)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, nib.filebasedimages.ImageFileError):
-        pass  # told when it is scored
+        pass  # reported when it is scored
     return "", ""

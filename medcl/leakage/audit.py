@@ -86,8 +86,8 @@ def overlaps(seen: Seen, held: Seen, within: bool = False, store: str = "") -> l
     owners = [case.subject if within else SELECTION if case.stage == SELECTION else "test" for case in cases]
     known, new = ([picture for _, picture in side] for side in (pictures, rest))
     for match in remembered(known, new, store, known_owners, owners):
-        told = _overlap("alike", cases[match.new], pictures[match.known][0], round(match.score, 3))
-        found.setdefault(rest[match.new][0], []).append(told)
+        overlap = _overlap("alike", cases[match.new], pictures[match.known][0], round(match.score, 3))
+        found.setdefault(rest[match.new][0], []).append(overlap)
     for number, case in enumerate(held.volumes):
         if number not in found and not within:
             same = [volume for volume in by_subject.get(case.subject, ()) if not _validates(volume, case)]
@@ -140,9 +140,9 @@ def _sentence(found: list[Overlap], held: int, what: str, how: str, kinds: Mappi
     parts = []
     for first, done in ((trained, f"were seen {how}"), (chosen, "were validated on to choose the weights")):
         counts = Counter(each.kind for each in first.values())
-        told = "; ".join(f"{counts[kind]} with {text}" for kind, text in kinds.items() if counts[kind])
+        ways = "; ".join(f"{counts[kind]} with {text}" for kind, text in kinds.items() if counts[kind])
         if first:
-            parts.append(f"{len(first)} of {held} held-out {what} {done}: {told}")
+            parts.append(f"{len(first)} of {held} held-out {what} {done}: {ways}")
     if not parts:
         return ""
     such = next((each for each in found if not each.selection), found[0])
@@ -150,7 +150,7 @@ def _sentence(found: list[Overlap], held: int, what: str, how: str, kinds: Mappi
 
 
 def _likeness(overlap: Overlap) -> str:
-    return "" if overlap.score is None else f" (likeness {overlap.score:.2f}, told from {THRESHOLD})"
+    return "" if overlap.score is None else f" (likeness {overlap.score:.2f}, threshold {THRESHOLD})"
 
 
 def refuse(
@@ -183,8 +183,8 @@ def stamp(result: Mapping[str, Any], run: Path) -> list[str]:
     """
     path = run / "audit.json"
     earlier: dict[str, Any] = read_json(path) if path.exists() else {"sentence": "", "overlaps": []}
-    told = {each["case"] for each in result["overlaps"]}
-    others = {each["case"] for each in earlier["overlaps"]} - told
+    known = {each["case"] for each in result["overlaps"]}
+    others = {each["case"] for each in earlier["overlaps"]} - known
     if others and (run / "manifest.json").exists() and (run / "split.json").exists():
         # those of its test volumes concern their own scores alone
         validated = cases_of(Manifest.load(run / "manifest.json"), Split.load(run / "split.json").val)
@@ -201,7 +201,7 @@ def checked(
         results: of `compared`; none where nothing is known of what made the predictions.
         marks: leakage, a sentence each.
         gaps: what could not be checked, a sentence each.
-        notes: what else a reader must be told, a sentence each.
+        notes: what else a reader must know, a sentence each.
     """
     return {
         "medcl_audit": AUDIT_VERSION,

@@ -68,7 +68,7 @@ class Seen:
 def seen_in(
     manifest: Manifest, cases: Sequence[Case], stage: str = "", run: str | Path = "", store: str = "", workers: int = 0
 ) -> Seen:
-    """The record of cases at hand; one whose volume cannot be read is known by its subject only, and told as a gap."""
+    """The record of cases at hand; one whose volume cannot be read is known by its subject alone, and is a gap."""
     found = signatures(manifest, cases, store, workers)
     volumes = []
     for case in cases:

@@ -34,7 +34,7 @@ def signatures(
     contents = ContentKeys(root)
     paths: dict[str, Path] = {}
     for case in cases:
-        with contextlib.suppress(OSError):  # told where the volume is used
+        with contextlib.suppress(OSError):  # reported where the volume is used
             files = [contents.of(file) for file in manifest.image_paths(case)]
             paths[case.id] = signature_path(root, files, case.channel)
     contents.save()

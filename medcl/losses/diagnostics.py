@@ -1,4 +1,4 @@
-"""What the embeddings of a step look like: whether a task learns, told apart from whether its loss is small."""
+"""What the embeddings of a step look like: whether a task learns, as opposed to whether its loss is small."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class RankMemory:
     """Effective rank of the last rows seen: one small batch says little about a rank.
 
     Args:
-        size: rows kept. The rank is told once there are so many, so that all values compare.
+        size: rows kept. The rank is computed once there are so many, so that all values compare.
     """
 
     def __init__(self, size: int = 256):

@@ -82,9 +82,9 @@ def updated_pseudo_labels(pseudo: Tensor, q: Tensor, prototypes: Tensor, can: Te
     """
     met = prototypes.any(1)
     near = (q @ prototypes.T).masked_fill(~(can & met), -torch.inf)
-    told = F.one_hot(near.argmax(1), pseudo.shape[1]).to(pseudo.dtype)
+    assigned = F.one_hot(near.argmax(1), pseudo.shape[1]).to(pseudo.dtype)
     known = torch.isfinite(near).any(1, keepdim=True)
-    return torch.where(known, keep * pseudo + (1 - keep) * told, pseudo)
+    return torch.where(known, keep * pseudo + (1 - keep) * assigned, pseudo)
 
 
 def soft_cross_entropy(logits: Tensor, pseudo: Tensor) -> Tensor:

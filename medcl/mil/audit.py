@@ -115,7 +115,7 @@ def audit_bags(bags: Sequence[Bag], features: Sequence[Features], classifier: Se
     Args:
         bags, features: what is tested.
         classifier: its record; None in a cross-validation, where bags of one group alone are held out. There the same
-            content under two groups is told.
+            content under two groups is reported.
     """
     held = record_of(bags, features)
     found = _compared(encoder_of(features, bags), held, "encoder")

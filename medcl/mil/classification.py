@@ -53,14 +53,14 @@ def classification_scores(probabilities: np.ndarray, labels: np.ndarray) -> dict
             auprc = float(np.mean([average_precision_score(onehot[:, c], probabilities[:, c]) for c in which]))
     table = np.zeros((classes, classes))
     np.add.at(table, (labels, predicted), 1)
-    hits, present, told = table.diagonal(), table.sum(1), table.sum(0)
-    f1 = 2 * hits / np.maximum(present + told, 1)
+    hits, present, claimed = table.diagonal(), table.sum(1), table.sum(0)
+    f1 = 2 * hits / np.maximum(present + claimed, 1)
     return {
         "auroc": auroc,
         "auprc": auprc,
         "accuracy": float((predicted == labels).mean()),
         "balanced_accuracy": float((hits[present > 0] / present[present > 0]).mean()),
-        "f1": float(f1[1] if classes == 2 else f1[(present + told) > 0].mean()),
+        "f1": float(f1[1] if classes == 2 else f1[(present + claimed) > 0].mean()),
         "brier": float(np.square(probabilities - onehot).sum(1).mean() / (2 if classes == 2 else 1)),
         "calibration_error": calibration_error(probabilities.max(1), predicted == labels),
     }

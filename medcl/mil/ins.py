@@ -34,7 +34,7 @@ class INS(Aggregator):
         queue: earlier instances to contrast with.
         anchors: most instances of a step that are contrasted, drawn at random.
         temperature: of the contrast.
-        warmup: share of the training without prototypes; instances are told from one another instead.
+        warmup: share of the training without prototypes; instances are discriminated from one another instead.
         contrast_weight: of the contrast in the total.
         bag_weight: of the bag head's cross-entropy in the total.
     """

@@ -55,7 +55,7 @@ def prepare_bags(config: MILPrepareConfig) -> Path:
     plan = load_weights(config.encoder)[0].plan if isinstance(encoder, VolumeEncoder) else None
     done: list[tuple[Bag, Path]] = []
     aside: dict[str, str] = {}
-    fresh, told = 0, time.monotonic()
+    fresh, logged = 0, time.monotonic()
     for number, bag in enumerate(bags, 1):
         path = out / "features" / f"{bag.id}.h5"
         try:
@@ -80,12 +80,12 @@ def prepare_bags(config: MILPrepareConfig) -> Path:
         except MedclError as error:
             aside[bag.id] = str(error)
             log.warning("set aside: %s", error)
-        if time.monotonic() - told > 10 or number == len(bags):
-            told = time.monotonic()
-            log.info("%d of %d bags after %s.", number, len(bags), hours(told - began))
+        if time.monotonic() - logged > 10 or number == len(bags):
+            logged = time.monotonic()
+            log.info("%d of %d bags after %s.", number, len(bags), hours(logged - began))
     write_json(out / "aside.json", aside)
     if not done:
-        raise MedclError(f"none of {len(bags)} bags can be used", config.bags, "Mend what is told above.")
+        raise MedclError(f"none of {len(bags)} bags can be used", config.bags, "Mend what is listed above.")
     record_encoder(out, config.encoder, encoder.identity)
     write_rows(out / "bags.csv", table_of(done))
     log.info("%d bags in %s, %d of them extracted now by %s; %d set aside.",

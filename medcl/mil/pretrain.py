@@ -122,7 +122,7 @@ def pretrain_patches(config: MILPretrainConfig) -> Path:
         The run folder; `--encoder` of `medcl mil prepare` takes it.
 
     Raises:
-        MedclError: a setting cannot work, or there are too few patches; told before any training.
+        MedclError: a setting cannot work, or there are too few patches; raised before any training.
     """
     began = time.monotonic()
     accelerator = choose_accelerator(config.accelerator)
@@ -172,5 +172,5 @@ def gather_tiles(bags: tuple[Bag, ...], config: MILPretrainConfig) -> tuple[np.n
         except MedclError as error:
             log.warning("set aside: %s", error)
     if not kept:
-        raise MedclError("no bag can be used", config.bags, "Mend what is told above.")
+        raise MedclError("no bag can be used", config.bags, "Mend what is listed above.")
     return np.concatenate(kept), used

@@ -61,9 +61,9 @@ def fit(config: MILFitConfig) -> Path:
         for fold, (learn, held) in enumerate(division):
             seed = mixed_seed(config.seed, repeat, fold)
             model = train(config, [features[i] for i in learn], labels[learn].tolist(), len(classes), seed, device)
-            for i, told in zip(held, predict(model, [features[i] for i in held]), strict=True):
+            for i, prediction in zip(held, predict(model, [features[i] for i in held]), strict=True):
                 seen = audit.seen.get(bags[i].id, "")
-                rows.append(_row(bags[i], told, classes, repeat=repeat, fold=fold, seen=seen))
+                rows.append(_row(bags[i], prediction, classes, repeat=repeat, fold=fold, seen=seen))
             divisions.append({"repeat": repeat, "fold": fold, "test": sorted({groups[i] for i in held})})
         log.info("Repeat %d of %d done after %s.", repeat + 1, config.repeats, hours(time.monotonic() - began))
     write_rows(run / "predictions.csv", rows)
@@ -131,8 +131,8 @@ def log_contents(loaded: Loaded, classes: Sequence[str]) -> None:
         log.warning("and %d more bags set aside; metrics.json lists them.", len(loaded.aside) - 10)
 
 
-def _row(bag: Bag, told: Prediction, classes: Sequence[str], **more: Any) -> dict[str, Any]:
-    shares = {f"p_{name}": f"{p:.6g}" for name, p in zip(classes, told.probabilities, strict=True)}
+def _row(bag: Bag, prediction: Prediction, classes: Sequence[str], **more: Any) -> dict[str, Any]:
+    shares = {f"p_{name}": f"{p:.6g}" for name, p in zip(classes, prediction.probabilities, strict=True)}
     return {**more, "bag_id": bag.id, "group": bag.group, "label": bag.label or "", **shares}
 
 
@@ -196,38 +196,38 @@ def predict_bags(config: MILPredictConfig) -> Path:
     audit = audit_bags(loaded.bags, loaded.features, classifier_of(config.run, facts))
     audit.refuse(config.allow_leakage, config.bags)
     audit.log()
-    told = predict(model, loaded.features)
+    predictions = predict(model, loaded.features)
     classes = facts["classes"]
     seen = {bag.id for bag in loaded.bags if bag.group in set(facts.get("groups", []))}
     if seen:
         log.warning(
             "%d of %d bags, such as %s, are of groups that the classifier was fitted to: their scores say nothing "
-            "about new ones.", len(seen), len(told), min(seen),
+            "about new ones.", len(seen), len(predictions), min(seen),
         )  # fmt: skip
     marks = {**audit.seen, **dict.fromkeys(seen, "yes")}
-    rows = [_row(b, t, classes, seen=marks.get(b.id, "")) for b, t in zip(loaded.bags, told, strict=True)]
+    rows = [_row(b, t, classes, seen=marks.get(b.id, "")) for b, t in zip(loaded.bags, predictions, strict=True)]
     audit.save(out)
     write_rows(out / "predictions.csv", rows)
-    for bag, features, each in zip(loaded.bags, loaded.features, told, strict=True):
+    for bag, features, each in zip(loaded.bags, loaded.features, predictions, strict=True):
         write_attention(out / "attention" / f"{bag.id}.csv", features, each, classes)
     write_json(out / "sources.json", {bag.id: str(bag.path.resolve()) for bag in loaded.bags})
     for reason in loaded.aside.values():
         log.warning("set aside: %s", reason)
-    log.info("%d bags in %s.", len(told), out / "predictions.csv")
+    log.info("%d bags in %s.", len(predictions), out / "predictions.csv")
     return out
 
 
-def write_attention(path: Path, features: Features, told: Prediction, classes: Sequence[str]) -> None:
+def write_attention(path: Path, features: Features, prediction: Prediction, classes: Sequence[str]) -> None:
     """A row an instance: its number, coordinates where known, attention, and its own classes where the model says them.
 
     The most attended comes first.
     """
     where = features.coordinates
     rows = []
-    for i in np.argsort(-told.attention, kind="stable"):
+    for i in np.argsort(-prediction.attention, kind="stable"):
         place = {} if where is None else {n: int(c) for n, c in zip("xyz", where[i], strict=False)}
-        row = {"instance": int(i), **place, "attention": f"{told.attention[i]:.6g}"}
-        if told.instances is not None:
-            row |= {f"p_{name}": f"{p:.6g}" for name, p in zip(classes, told.instances[i], strict=True)}
+        row = {"instance": int(i), **place, "attention": f"{prediction.attention[i]:.6g}"}
+        if prediction.instances is not None:
+            row |= {f"p_{name}": f"{p:.6g}" for name, p in zip(classes, prediction.instances[i], strict=True)}
         rows.append(row)
     write_rows(path, rows)

@@ -47,9 +47,9 @@ def fit_to_memory(
                 break
             backbone.parts *= 4
         if batch:
-            told = f", rows in {backbone.parts} parts" if backbone.parts > 1 else ""
+            parts_note = f", rows in {backbone.parts} parts" if backbone.parts > 1 else ""
             log.info("Batch of %d volumes%s: what fits into %.1f GiB with a margin of %.0f%%.",
-                     batch, told, bytes_free / 2**30, 100 * (1 - MARGIN))  # fmt: skip
+                     batch, parts_note, bytes_free / 2**30, 100 * (1 - MARGIN))  # fmt: skip
             return module, plan, batch
         smaller = shrunk(plan)
         if smaller == plan:

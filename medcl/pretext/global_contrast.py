@@ -150,7 +150,7 @@ def check_partitions(partitions: tuple[int, int, int], plan: Plan) -> None:
 
 
 def check_reads(places: Partitions, read: tuple[int, int, int], plan: Plan) -> None:
-    """Refuses reads so long that partitions, which are to be told apart, show the same voxels.
+    """Refuses reads so long that partitions, which are to be discriminated, show the same voxels.
 
     Raises:
         MedclError: in the median volume two partitions are read at one place.

@@ -15,7 +15,7 @@ from medcl.runtime.run import log
 from medcl.store.plan import Plan, round_up
 from medcl.store.prepare import Stored
 
-LEAST = 2  # subjects: each is told by the others
+LEAST = 2  # subjects: each is predicted from the others
 
 
 class Probe(pl.Callback):
@@ -44,10 +44,10 @@ class Probe(pl.Callback):
     def _score(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         scores = probe(self.backbone, self.data, module.device)
         trainer.logger.log_metrics(scores, max(0, trainer.global_step - 1))  # type: ignore[union-attr]
-        told = ", ".join(
+        shown = ", ".join(
             f"{name.removeprefix('probe_').replace('_', ' ')} {value:.3f}" for name, value in scores.items()
         )
-        log.info("Probe after %d steps: %s.", trainer.global_step, told)
+        log.info("Probe after %d steps: %s.", trainer.global_step, shown)
 
 
 def subjects_to_probe(split: Split | None, manifest: Manifest, count: int) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ def pretrain(config: PretrainConfig) -> Path:
         The run folder.
 
     Raises:
-        MedclError: a setting cannot work; told before any training.
+        MedclError: a setting cannot work; raised before any training.
     """
     check(config)
     kind = task_class(config.task)
@@ -192,9 +192,9 @@ def log_small_volumes(stored: list[Stored], task: PretextTask) -> None:
         grid = task.places.grid
         thin = sum(not task.places.distinct(shape, task.read_size) for shape in shapes)
         if thin:
-            told = " x ".join(map(str, grid))
+            shape = " x ".join(map(str, grid))
             log.warning("%d of %d volumes are so small that several of their %s partitions show the same: leave them "
-                        "out, or give a smaller --options.size.", thin, len(stored), told)  # fmt: skip
+                        "out, or give a smaller --options.size.", thin, len(stored), shape)  # fmt: skip
 
 
 def choose_subjects(manifest: Manifest, config: PretrainConfig) -> tuple[tuple[str, ...], Split | None]:
@@ -213,7 +213,7 @@ def contract_of(
         kind="pretrained",
         backbone=spec,
         plan=plan,
-        trained=(),  # told once they are
+        trained=(),  # added when weights are saved
         task=config.task,
         options=task.resolved(),
         source=str(Path(config.source).resolve()),

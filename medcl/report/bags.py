@@ -40,9 +40,9 @@ def write_bag_report(run: Path) -> Path:
     table = table_of_predictions(_rows(run / "predictions.csv"), classes)
     method = config.get("method", "plain")
     how = "INS" if method == "ins" else f"{config.get('aggregator')}{', SC-MIL' if method == 'sc' else ''}"
-    told = (
-        f"{config.get('folds')}-fold cross-validation, no group divided: every bag is told by a model that has seen "
-        "none of its group. Nothing is chosen on held-out bags. Intervals are over whole groups"
+    how_tested = (
+        f"{config.get('folds')}-fold cross-validation, no group divided: every bag is predicted by a model that has "
+        "seen none of its group. Nothing is chosen on held-out bags. Intervals are over whole groups"
         f"{': ' + result['interval'] if 'interval' in result else ', by an earlier version'}."
     )
     body = [
@@ -52,7 +52,7 @@ def write_bag_report(run: Path) -> Path:
             *(line for line in sections.logged_warnings(run, None) if not line.startswith("leakage: ")),
             *doubts(table, classes, result["scores"]),
         ]),
-        html.section("The numbers", *_numbers(result), html.paragraph(told, "small")),
+        html.section("The numbers", *_numbers(result), html.paragraph(how_tested, "small")),
         html.section("The predictions", *_figures(table, classes)),
         html.section("Every bag", html.details("From the most to the least wrong", _every_bag(table, classes))),
         html.section("What was read", *_what_was_read(table, result, classes)),

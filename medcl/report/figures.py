@@ -71,7 +71,7 @@ def read_series(run: Path) -> dict[str, Series]:
     return series
 
 
-FAR = 2.0  # a level this many times above a curve is told, not drawn
+FAR = 2.0  # a level this many times above a curve is written, not drawn
 
 
 def curve(

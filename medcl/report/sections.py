@@ -100,7 +100,7 @@ def what_was_read(manifest: Manifest | None, split: Mapping[str, Sequence[str]])
         "volumes": f"{len(cases)}, of {len(manifest.subjects)} subjects; {len(manifest.labelled)} have a label map",
         "subjects by part": by_part,
         "layout": manifest.layout,
-        "how subjects were told": html.without_files(manifest.rule),
+        "how subjects were found": html.without_files(manifest.rule),
         "classes": ", ".join(f"{value} {name}" for value, name in sorted(manifest.label_names.items())),
         "modality": _counted(case.modality for case in cases),
         "orientation": _counted(case.orientation for case in cases if case.orientation),

@@ -68,14 +68,14 @@ def _reached(backbone: Backbone, optimizers: Sequence[torch.optim.Optimizer]) ->
     step that the gradient scaler has skipped leaves no mark. The second one forgets a gradient of 1e-3 after 80,000
     steps without any.
     """
-    told: dict[int, bool] = {}
+    moved: dict[int, bool] = {}
     names = set()
     for name, parameter in backbone.net.named_parameters(remove_duplicate=False):
-        if id(parameter) not in told:
+        if id(parameter) not in moved:
             states = [optimizer.state[parameter] for optimizer in optimizers if parameter in optimizer.state]
             moments = [state[key] for state in states for key in ("exp_avg", "exp_avg_sq") if key in state]
-            told[id(parameter)] = any([bool(full(moment).any()) for moment in moments])  # every rank joins every one
-        if told[id(parameter)]:
+            moved[id(parameter)] = any([bool(full(moment).any()) for moment in moments])  # every rank joins every one
+        if moved[id(parameter)]:
             names.add(name)
     return names
 
@@ -90,8 +90,8 @@ def summary(names: Collection[str], everything: Collection[str]) -> list[str]:
     """The fewest patterns that stand for exactly these state-dict names: `decoder1.*` where all of that is meant."""
     chosen, others = set(names), set(everything) - set(names)
     mixed = {name[: i + 1] for name in others for i, letter in enumerate(name) if letter == "."}
-    told = set()
+    patterns = set()
     for name in chosen:
         modules = [name[: i + 1] for i, letter in enumerate(name) if letter == "."]
-        told.add(next((module + "*" for module in modules if module not in mixed), name))
-    return sorted(told)
+        patterns.add(next((module + "*" for module in modules if module not in mixed), name))
+    return sorted(patterns)

@@ -125,15 +125,15 @@ class SegmentationModule(RetrySmaller):
         else:
             logits, features = self.backbone(rows.image), None
         loss = dice_ce(logits[:n], rows.target[:n], rows.weight[:n], rows.inside[:n])
-        told = {}
+        losses = {}
         if self.semi and weight is not None:
-            told = self.semi.loss(logits, features, rows)
-            loss = loss + weight * told.pop("loss")
+            losses = self.semi.loss(logits, features, rows)
+            loss = loss + weight * losses.pop("loss")
         if self.core:
-            told["core"] = self.core(features, rows)
-            loss = loss + self.config.core_tuning * told["core"]
+            losses["core"] = self.core(features, rows)
+            loss = loss + self.config.core_tuning * losses["core"]
         rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        self.log_dict({"loss": loss.detach(), "lr": rate, **{k: v.detach() for k, v in told.items()}}, batch_size=n)
+        self.log_dict({"loss": loss.detach(), "lr": rate, **{k: v.detach() for k, v in losses.items()}}, batch_size=n)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -57,7 +57,7 @@ def label_values(manifest: Manifest, plan: Plan) -> tuple[int, ...]:
         try:
             found |= {int(value) for value in np.unique(read_volume([path]).array)}
         except MedclError:
-            continue  # told when the case is prepared
+            continue  # reported when the case is prepared
     values = tuple(sorted(v for v in found if 0 < v < 256))
     if not values:
         raise MedclError(

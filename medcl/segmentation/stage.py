@@ -75,7 +75,7 @@ def finetune(config: FinetuneConfig) -> Path:
         The run folder.
 
     Raises:
-        MedclError: a setting cannot work, or the pretrained weights do not fit; told before any training.
+        MedclError: a setting cannot work, or the pretrained weights do not fit; raised before any training.
     """
     check(config)
     study = Study(config, "finetune")
@@ -298,7 +298,7 @@ def contract_of(
         kind="segmentation",
         backbone=spec,
         plan=plan,
-        trained=(),  # told once they are
+        trained=(),  # added when weights are saved
         task="segmentation",
         options={"init": config.init, "semi": config.semi, **settings},
         label_values=values,

@@ -219,7 +219,7 @@ class StepBatches(Sampler[list[int]]):
     """Batches of sample numbers from step `first` on, for this rank out of `world`.
 
     It has no length on purpose: Lightning counts a resumed loader's batches from the interrupted epoch's position, and
-    would stop early were it told how many are left.
+    would stop early if it knew how many are left.
     """
 
     def __init__(self, batch: int, first: int, last: int, rank: int = 0, world: int = 1):

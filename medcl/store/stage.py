@@ -24,7 +24,7 @@ from medcl.store.volumes import read_meta, store_folder
 
 SAMPLED = 5  # volumes read to guess the modality
 MEASURED = 32  # volumes prepared to plan sizes
-SHOWN = 5  # problems told one by one; the rest stand in manifest.json
+SHOWN = 5  # problems logged one by one; all are in manifest.json
 
 
 def scan(config: ScanConfig) -> Manifest:
@@ -63,7 +63,7 @@ def guess_modality(manifest: Manifest) -> Manifest:
         try:
             seen.append(float(read_volume(manifest.image_paths(case), channel=case.channel).array.min()) <= AIR)
         except MedclError:
-            continue  # told when the volume is prepared
+            continue  # reported when the volume is prepared
     if not seen or not all(seen):
         return manifest
     return manifest.with_cases(

@@ -189,7 +189,7 @@ class ViewIntensity:
     p_gamma_inverted: float = 0.0
 
 
-# for views that should be told by anatomy, not by matching grey values or noise
+# for views to be recognised by their anatomy, not by equal grey values or noise
 STRONG_VIEWS = ViewIntensity(
     bias_strength=(0.1, 0.4),
     p_bias=0.5,

@@ -55,7 +55,7 @@ class PixelContrast(SelfTraining):
         self.classes = list(range(0 if self.options.background else 1, backbone.spec.out_channels))
         if len(self.classes) < 2:
             raise MedclError(
-                "a single class has no other to be told from",
+                "a single class has no other to be contrasted with",
                 "--semi pixel_contrast",
                 "Add --semi_options.background true.",
             )
@@ -81,5 +81,5 @@ class PixelContrast(SelfTraining):
         drawn = pixel_contrast(
             self.head(features), label, keys, self.classes, options.anchors, options.least, options.temperature
         )
-        told = super().loss(logits, features, rows)
-        return {**told, "loss": options.contrast * drawn + options.pseudo * told["loss"], "contrast": drawn}
+        losses = super().loss(logits, features, rows)
+        return {**losses, "loss": options.contrast * drawn + options.pseudo * losses["loss"], "contrast": drawn}
