@@ -72,6 +72,15 @@ class Contract:
 
     @staticmethod
     def from_dict(data: dict[str, Any], where: object) -> Contract:
+        """Builds a contract from the content of `weights/contract.json`.
+
+        Args:
+            data: the attributes of the contract, by name; lists become tuples.
+            where: the file, for error messages.
+
+        Raises:
+            MedclError: a key is missing or unknown, or a value cannot be used.
+        """
         try:
             spec = dict(data["backbone"])
             spec["strides"] = tuple(tuple(stride) for stride in spec["strides"])
@@ -137,7 +146,10 @@ def load_weights(run: str | Path) -> tuple[Contract, dict[str, Tensor]]:
     data = read_json(folder / "contract.json")
     if data.pop("medcl_contract", None) not in (BY_PART, CONTRACT_VERSION):
         raise MedclError("is not a contract of this version", folder / "contract.json", "Train again with this medcl.")
-    aliases, digest, file, _ = (data.pop(key) for key in ("aliases", "sha256", "file", "input"))
+    try:
+        aliases, digest, file, _ = (data.pop(key) for key in ("aliases", "sha256", "file", "input"))
+    except KeyError as error:
+        raise MedclError(f"lacks {error}", folder / "contract.json", "Take it from a copy of the run.") from None
     path = folder / Path(file).name
     try:
         if file_sha256(path) != digest:

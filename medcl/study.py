@@ -126,6 +126,7 @@ class Study(Generic[C]):
         )  # fmt: skip
 
     def fit(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Trains the module, from the last checkpoint where the run goes on; see `medcl.runtime.training.fit`."""
         fit(trainer, module, self.run if self.first_step else None)
 
     def end(self, what: str, **facts: Any) -> Path:

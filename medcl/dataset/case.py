@@ -52,6 +52,7 @@ class Case:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Case:
+        """Builds a case from its entry in a manifest file; lists become tuples."""
         fixed: dict[str, Any] = {
             k: tuple(map(tuple, v)) if k == "affine" else tuple(v) if isinstance(v, list) else v
             for k, v in data.items()
@@ -103,16 +104,20 @@ class Manifest:
 
     @property
     def labelled(self) -> tuple[Case, ...]:
+        """The cases that have a label map."""
         return tuple(case for case in self.cases if case.label is not None)
 
     @property
     def subjects(self) -> tuple[str, ...]:
+        """Names of all subjects, sorted, each once."""
         return tuple(sorted({case.subject for case in self.cases}))
 
     def image_paths(self, case: Case) -> tuple[Path, ...]:
+        """Full paths of a case's image: one file, or the slice files of a DICOM series in slice order."""
         return tuple(Path(self.root) / name for name in case.image)
 
     def label_path(self, case: Case) -> Path | None:
+        """Full path of a case's label map, or None."""
         return None if case.label is None else Path(self.root) / case.label
 
     def with_cases(self, cases: tuple[Case, ...], problems: tuple[Problem, ...] = ()) -> Manifest:
@@ -120,6 +125,7 @@ class Manifest:
         return replace(self, cases=cases, problems=self.problems + problems)
 
     def save(self, path: str | Path) -> None:
+        """Writes the manifest to a JSON file that `load` reads."""
         data = asdict(self)
         data["label_names"] = {str(value): name for value, name in self.label_names.items()}
         write_json(path, {"medcl_manifest": MANIFEST_VERSION, **data})

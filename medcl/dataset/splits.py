@@ -34,12 +34,21 @@ class Split:
     draw: int = 0
 
     def save(self, path: str | Path) -> None:
+        """Writes the split to a JSON file that `load` reads."""
         write_json(path, asdict(self))
 
     @staticmethod
     def load(path: str | Path) -> Split:
-        data: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(path).items()}
-        return Split(**data)
+        """Reads a split.
+
+        Raises:
+            MedclError: the file is missing or holds no split.
+        """
+        try:
+            data: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(path).items()}
+            return Split(**data)
+        except (AttributeError, TypeError):
+            raise MedclError("holds no split of subjects", path, "Take it from a copy of the run.") from None
 
 
 def previous_split(run: Path | None) -> Split | None:

@@ -43,10 +43,12 @@ class Arm:
 
     @property
     def draw(self) -> Any:
+        """Number of the draw of labelled subjects, as in `config`."""
         return self.config["draw"]
 
     @property
     def labels(self) -> Any:
+        """Number of labelled subjects, or `all`, as in `config`."""
         return self.config["labels"]
 
 

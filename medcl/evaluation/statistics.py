@@ -60,6 +60,7 @@ class Interval:
 
     @property
     def has_ends(self) -> bool:
+        """Whether both ends are finite."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
     def within(self, least: float, most: float) -> Interval:
@@ -130,6 +131,7 @@ class PairedDifference:
         return f"{a} is {'ahead of' if verdict == 'ahead' else 'behind'} {b} by {numbers}"
 
     def to_dict(self) -> dict[str, Any]:
+        """The interval's fields, `p`, `p_exact` and `effect_size` for JSON: NaN becomes null."""
         return {
             **self.interval.to_dict(),
             "p": _json_number(self.p),

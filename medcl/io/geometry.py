@@ -39,6 +39,7 @@ class Volume:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Voxels along each array axis."""
         return tuple(self.array.shape)
 
 
@@ -62,10 +63,12 @@ class Header:
 
     @property
     def spacing(self) -> tuple[float, ...]:
+        """mm between voxels along each array axis."""
         return spacing_of(self.affine)
 
     @property
     def orientation(self) -> str:
+        """nibabel's axis codes, such as `RAS`."""
         return orientation_of(self.affine)
 
 

@@ -100,5 +100,6 @@ class RankMemory:
             self._rows.pop(0)
 
     def rank(self) -> float | None:
+        """Effective rank of the last `size` rows; None while there are fewer."""
         rows = torch.cat(self._rows) if self._rows else torch.empty(0, 1)
         return effective_rank(rows[-self.size :].cpu()) if len(rows) >= self.size else None

@@ -87,12 +87,14 @@ class BagAudit:
             )  # fmt: skip
 
     def log(self) -> None:
+        """Logs what could not be compared, and warns of every leakage."""
         for gap in self.gaps:
             log.info("Audit: %s.", gap)
         for line in self.leakage:
             log.warning("%s.", line)
 
     def save(self, folder: Path) -> None:
+        """Writes `audit.json`, which `load` reads, into a folder."""
         write_json(folder / "audit.json", {"medcl_audit": AUDIT_VERSION, **dataclasses.asdict(self)})
 
     @classmethod

@@ -22,6 +22,7 @@ class Loaded:
 
     @property
     def encoder(self) -> str:
+        """Identity of the encoder that made the features; empty where unknown."""
         return next((f.encoder for f in self.features if f.encoder), "")
 
 

@@ -61,6 +61,7 @@ class Plain:
         self.weight = weight if config.balance == "weights" else None
 
     def loss(self, batch: Batch) -> Tensor:
+        """Scalar loss of a batch of bags; the aggregator's own, with class weights where `balance` is `weights`."""
         out = self.model(batch.h, batch.mask, batch.where)
         return self.model.aggregator.loss(out, batch.labels, batch.mask, self.weight)
 

@@ -58,6 +58,7 @@ class PatchResNet(InstanceEncoder):
 
     @property
     def identity(self) -> str:  # type: ignore[override]
+        """Name and digest of the current weights."""
         return f"{self.name}:{digest(self)}"
 
     def forward(self, x: Tensor) -> Tensor:

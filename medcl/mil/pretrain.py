@@ -55,11 +55,13 @@ class PatchContrast(nn.Module):
         return {"z": z}, {"patch": torch.arange(n, device=z.device), "features": features.detach()}
 
     def objective(self, z: Tensors, marks: Tensors) -> Tensors:
+        """`loss`: the contrastive loss over the 2N views of a batch, decoupled where `method` is `dcl`."""
         rows = z["z"].flatten(0, 1)
         positive, negative = masks(marks["patch"])
         return {"loss": contrast(rows, rows, positive, negative, self.temperature, decoupled=self.method == "dcl")}
 
     def pairs(self, views: Tensors, z: Tensors, marks: Tensors) -> Pairs:
+        """Embeddings of the 2N views of a batch, with the positive and negative pairs among them: for diagnostics."""
         return Pairs(z["z"].flatten(0, 1), *masks(marks["patch"]), marks["features"])
 
 

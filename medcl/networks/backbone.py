@@ -123,6 +123,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def feature_channels(self) -> int:
+        """Channels of the map that the output layer reads."""
         convolutions = (nn.Conv3d, nn.ConvTranspose3d)
         return next(m.in_channels for m in self.head_modules()[0].modules() if isinstance(m, convolutions))
 
@@ -133,6 +134,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def width(self) -> int:
+        """Channels of the first level: `spec.width`, or the backbone's default where that is 0."""
         return self.spec.width or self.default_width
 
     @property
@@ -175,6 +177,7 @@ class Backbone(nn.Module, ABC):
         return {"encoder": encoder, "head": head, "decoder": everything - encoder - head}[part]
 
     def encoder_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the modules that `encode` runs through, each once."""
         seen: dict[int, nn.Parameter] = {}
         for module in self.encoder_modules():
             seen.update((id(p), p) for p in module.parameters())

@@ -23,9 +23,11 @@ class Checks:
         self.options, self.where = options, f"options of {task}"
 
     def refuse(self, name: str, remedy: str) -> NoReturn:
+        """Raises the error that names the option, its value and the remedy."""
         raise MedclError(f"{name} is {getattr(self.options, name)!r}", self.where, remedy)
 
     def one_of(self, name: str, known: Iterable[str]) -> None:
+        """One of the known names."""
         known = list(known)
         if getattr(self.options, name) not in known:
             self.refuse(name, f"Use one of {', '.join(known)}.")

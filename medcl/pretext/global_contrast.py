@@ -122,6 +122,7 @@ class GlobalContrast(PretextTask):
         return {"z": z.view(n, versions, -1)}, marks
 
     def masks(self, z: Tensors, marks: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positive and negative pairs of the V versions of N reads, (N * V, N * V) bool each; see `global_masks`."""
         n, versions = z["z"].shape[:2]
         read = torch.arange(n, device=z["z"].device)
         rows = (each.repeat_interleave(versions) for each in (read, marks["volume"], marks["partition"]))

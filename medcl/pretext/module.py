@@ -57,6 +57,11 @@ class PretextModule(RetrySmaller):
         return {k: v if k in here else v.to(device, non_blocking=True) for k, v in batch.items()}
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses of a batch of reads; its views, embeddings and marks are kept in `seen`.
+
+        Returns:
+            What the task's `objective` returns, and `unused_rate` where `rank_weight` is not 0.
+        """
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             views = self.task.views(batch)
         z, marks = self.task.joined(views)

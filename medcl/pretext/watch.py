@@ -171,6 +171,11 @@ class Watch(pl.Callback):
         return found
 
     def warn(self, trainer: pl.Trainer, name: str, message: str) -> None:
+        """Logs a warning, one for each name; where `stop` is set, saves a checkpoint and ends the run instead.
+
+        Raises:
+            MedclError: `stop` is set.
+        """
         if self.stop:
             trainer.save_checkpoint(trainer.default_root_dir + "/" + LAST)
             raise MedclError(message.rstrip("."), f"step {trainer.global_step}", "Or leave out --stop-on-collapse.")

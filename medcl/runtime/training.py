@@ -122,6 +122,7 @@ class SilentLogger(Logger):
         pass
 
     def together(self, title: str, *names: str) -> None:
+        """Does nothing: this process draws no charts."""
         pass
 
 

@@ -135,6 +135,7 @@ class Partitions:
 
     @property
     def count(self) -> int:
+        """Reads of a volume: the number of cells in the grid."""
         return math.prod(self.grid)
 
     def __call__(self, shape: Sequence[int], size: Sequence[int], rng: np.random.Generator) -> list[list[int]]:

@@ -8,11 +8,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from medcl.config import nearest
+from medcl.config.kinds import Count, Positive, kind_of, kinds_of, nearest
 from medcl.dataset.case import Case, Manifest
 from medcl.errors import MedclError
 from medcl.runtime.files import read_json, write_json
@@ -25,6 +25,7 @@ SOFT_TISSUE = (-175.0, 250.0)  # HU; the window of the abdominal CT literature
 PATCH_VOXELS = {"cpu": 160_000, "gpu": 96**3}
 
 Triple = tuple[int, int, int]
+Voxels = tuple[Count, Count, Count]
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,13 @@ class Plan:
         labels: name of every foreground label.
     """
 
-    modality: str = "MR"
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    normalise: str = "robust"
+    modality: Literal["MR", "CT", "unknown"] = "MR"
+    spacing: tuple[Positive, Positive, Positive] = (1.0, 1.0, 1.0)
+    normalise: Literal["ct", "robust"] = "robust"
     window: tuple[float, float] = SOFT_TISSUE
     n4: bool = False
-    volume_size: Triple = (64, 64, 64)
-    patch_size: Triple = (64, 64, 64)
+    volume_size: Voxels = (64, 64, 64)
+    patch_size: Voxels = (64, 64, 64)
     strides: tuple[Triple, ...] = ((2, 2, 2),) * 3
     labels: dict[int, str] = field(default_factory=dict)
 
@@ -60,18 +61,16 @@ class Plan:
 
     @property
     def total_stride(self) -> Triple:
+        """Product of the strides of all levels along each axis."""
         a, b, c = (math.prod(stride[axis] for stride in self.strides) for axis in range(3))
         return a, b, c
-
-    @property
-    def anisotropic(self) -> bool:
-        return max(self.spacing) / min(self.spacing) >= THICK
 
     def slicewise(self) -> Plan:
         """The plan of a network that sees every slice along the last axis by itself: nothing strides there."""
         return dataclasses.replace(self, strides=tuple((a, b, 1) for a, b, _ in self.strides if max(a, b) > 1))
 
     def save(self, path: str | Path) -> None:
+        """Writes the plan to a JSON file that `load` reads."""
         write_json(path, {"medcl_plan": PLAN_VERSION, **json.loads(json.dumps(asdict(self)))})
 
     @staticmethod
@@ -90,6 +89,15 @@ class Plan:
 
     @staticmethod
     def from_dict(data: dict[str, Any], where: object = "plan") -> Plan:
+        """Builds a plan from the content of plan.json and checks it.
+
+        Args:
+            data: the attributes of the plan, by name; `strides` and `labels` must be among them.
+            where: the file, for error messages.
+
+        Raises:
+            MedclError: an unknown key, or a value that cannot work.
+        """
         known = {f.name for f in dataclasses.fields(Plan)}
         for key in data:
             if key not in known:
@@ -105,17 +113,29 @@ class Plan:
         return plan
 
     def check(self, where: object = "plan") -> None:
+        """Refuses values that cannot work.
+
+        Args:
+            where: the file, for error messages.
+
+        Raises:
+            MedclError: a value of another kind than its field's, strides that are not three positive numbers each, an
+                empty window, or a patch size that is not a multiple of the total stride.
+        """
+
         def refuse(what: str, remedy: str) -> None:
             raise MedclError(what, where, remedy)
 
-        if len(self.spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in self.spacing):
-            refuse(f"spacing {self.spacing} is not three positive numbers", "Give mm along R, A and S.")
-        if self.normalise not in ("ct", "robust"):
-            refuse(f"unknown normalise {self.normalise!r}", "Use ct or robust.")
+        for name, kind in kinds_of(Plan).items():
+            value = getattr(self, name)
+            if name not in ("strides", "labels") and not kind.fits(value):
+                refuse(f"{name} {value!r} cannot be used", f"Give {kind.describe()}.")
+        if not self.strides or not all(kind_of(Voxels).fits(stride) for stride in self.strides):
+            refuse(f"strides {self.strides!r} cannot be used", f"Give {kind_of(Voxels).describe()}, for every level.")
         if self.normalise == "ct" and not self.window[0] < self.window[1]:
             refuse(f"window {self.window} is empty", "Give the lower HU first.")
         for size, stride in zip(self.patch_size, self.total_stride, strict=True):
-            if size <= 0 or size % stride:
+            if size % stride:
                 refuse(f"patch_size {self.patch_size} is not a multiple of the strides' product {self.total_stride}",
                        "Round it up.")  # fmt: skip
 
@@ -202,7 +222,7 @@ def derive_plan(
             manifest.root,
             "Scan them as two folders, or edit manifest.json: one plan fits one.",
         )
-    modality = next(iter(modalities), "unknown")
+    modality: Any = next(iter(modalities), "unknown")
     axes = [canonical_axes(case) for case in manifest.cases]
     shapes, spacings = np.array([a[0] for a in axes]), np.array([a[1] for a in axes])
     target = np.asarray(spacing, float) if spacing else target_spacing(spacings)

@@ -202,12 +202,15 @@ class ContentKeys:
     def __init__(self, store: Path):
         self._file = store / "hashes.json"
         try:
-            self._known: dict[str, list[Any]] = read_json(self._file) if self._file.exists() else {}
+            known = read_json(self._file) if self._file.exists() else {}
         except MedclError:
-            self._known = {}  # only a cache: a damaged one is rebuilt
+            known = {}
+        # only a cache: a damaged one is rebuilt
+        self._known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
         self._changed = False
 
     def of(self, path: Path) -> str:
+        """SHA-256 of a file, in hexadecimal; the file is read only where it is new or has changed."""
         stat = path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         name = str(path.resolve())
@@ -219,6 +222,7 @@ class ContentKeys:
         return str(entry[1])
 
     def save(self) -> None:
+        """Writes the hashes to `hashes.json` in the store where any has changed."""
         if self._changed:
             write_json(self._file, self._known)
 

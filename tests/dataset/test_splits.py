@@ -7,7 +7,7 @@ from conftest import case_for, manifest_for
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medcl.dataset.splits import cases_of, draw_labelled, make_split, ranked
+from medcl.dataset.splits import Split, cases_of, draw_labelled, make_split, ranked
 from medcl.errors import MedclError
 
 
@@ -77,3 +77,10 @@ def test_nobody_labelled_is_refused():
     manifest = people(5, labelled=0)
     with pytest.raises(MedclError, match="no labelled subject"):
         draw_labelled(make_split(manifest), manifest, "all")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"train": ["a"]}', '{"train": [], "val": [], "test": [], "extra": 1}'])
+def test_a_file_that_holds_no_split_is_told_in_one_line(tmp_path, content):
+    (tmp_path / "split.json").write_text(content)
+    with pytest.raises(MedclError, match="holds no split of subjects"):
+        Split.load(tmp_path / "split.json")

@@ -17,7 +17,6 @@ from medcl.store.plan import Plan, derive_plan, patch_for, strides_for, target_s
 def test_anisotropic_scans_stay_anisotropic():
     plan = derive_plan(manifest_for(case_for(f"c{i}", (216, 256, 10), (1.5, 1.5, 10.0)) for i in range(3)))
     assert plan.spacing == (1.5, 1.5, 10.0)
-    assert plan.anisotropic
     assert plan.strides[0] == (2, 2, 1)
     assert plan.patch_size[2] >= 10 and plan.patch_size[0] > 8 * plan.patch_size[2]
 
@@ -62,8 +61,19 @@ def test_a_plan_reads_back_equal(tmp_path):
     "change,told",
     [
         ({"spaceing": [1, 1, 1]}, "Did you mean 'spacing'"),
-        ({"spacing": [1, 0, 1]}, "positive"),
-        ({"normalise": "zscore"}, "unknown normalise"),
+        ({"spacing": [1, 0, 1]}, "Give three numbers, each more than 0"),
+        ({"spacing": ["1", 1, 1]}, "Give three numbers"),
+        ({"spacing": 3}, "Give three numbers"),
+        ({"normalise": "zscore"}, "Give ct or robust"),
+        ({"modality": "PET"}, "Give MR, CT or unknown"),
+        ({"patch_size": [64, 64]}, "Give three whole numbers, each 1 or more"),
+        ({"volume_size": [1]}, "Give three whole numbers"),
+        ({"n4": "no"}, "Give true or false"),
+        ({"normalise": "ct", "window": [1]}, "Give two numbers"),
+        ({"normalise": "ct", "window": None}, "Give two numbers"),
+        ({"strides": [[2, 2]]}, "for every level"),
+        ({"strides": [[0, 2, 2]]}, "for every level"),
+        ({"strides": []}, "for every level"),
         ({"patch_size": [33, 64, 64]}, "multiple"),
         ({"normalise": "ct", "window": [250, -175]}, "window"),
         ({"strides": 3}, "cannot be understood"),

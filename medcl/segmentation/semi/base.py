@@ -75,6 +75,16 @@ class SemiMethod(nn.Module, ABC):
         self.need("patches", self.options.patches >= 0, "0 or more")
 
     def need(self, name: str, fine: bool, wanted: str) -> None:
+        """Refuses the value of an option unless it is `fine`.
+
+        Args:
+            name: of the option.
+            fine: whether its value can be used.
+            wanted: which values can be, for the error message.
+
+        Raises:
+            MedclError: the value cannot be used.
+        """
         if not fine:
             raise MedclError(
                 f"{getattr(self.options, name)} cannot be used", f"--semi_options.{name}", f"Give {wanted}."
