@@ -13,8 +13,24 @@ import numpy as np
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
+class Placed:
+    """What lies in the world by a 4x4 matrix, `affine`, from voxel index to RAS+ mm."""
+
+    affine: np.ndarray
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """mm between voxels along each array axis."""
+        return spacing_of(self.affine)
+
+    @property
+    def orientation(self) -> str:
+        """nibabel's axis codes, such as `RAS`."""
+        return orientation_of(self.affine)
+
+
 @dataclass
-class Volume:
+class Volume(Placed):
     """A 3D image in memory.
 
     Attributes:
@@ -28,23 +44,13 @@ class Volume:
     notes: tuple[str, ...] = ()
 
     @property
-    def spacing(self) -> tuple[float, ...]:
-        """mm between voxels along each array axis."""
-        return spacing_of(self.affine)
-
-    @property
-    def orientation(self) -> str:
-        """nibabel's axis codes, such as `RAS`."""
-        return orientation_of(self.affine)
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """Voxels along each array axis."""
         return tuple(self.array.shape)
 
 
 @dataclass
-class Header:
+class Header(Placed):
     """What is known of an image without its voxels.
 
     Attributes:
@@ -60,16 +66,6 @@ class Header:
     dtype: str
     notes: tuple[str, ...] = ()
     modality: str = "unknown"
-
-    @property
-    def spacing(self) -> tuple[float, ...]:
-        """mm between voxels along each array axis."""
-        return spacing_of(self.affine)
-
-    @property
-    def orientation(self) -> str:
-        """nibabel's axis codes, such as `RAS`."""
-        return orientation_of(self.affine)
 
 
 def spacing_of(affine: np.ndarray) -> tuple[float, ...]:

@@ -244,7 +244,7 @@ def test_modality_by_name():
         "CT", "MR", "MR", "unknown"]  # fmt: skip
 
 
-@pytest.mark.skipif(not (REAL / "ACDC").exists(), reason="no shared data")
+@pytest.mark.skipif(not (REAL / "ACDC").exists(), reason="the real scans and slides do not lie beside this checkout")
 def test_real_acdc_paths():
     files = [path.relative_to(REAL / "ACDC").as_posix() for path in (REAL / "ACDC").rglob("*.nii.gz")]
     layout = told(*files, root=REAL / "ACDC")

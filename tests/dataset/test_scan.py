@@ -343,7 +343,7 @@ def test_a_folder_of_nothing_but_bad_files_is_told_too(tmp_path):
 
 # --- real data ---------------------------------------------------------------------------------------------------
 
-needs_data = pytest.mark.skipif(not REAL.exists(), reason="no shared data")
+needs_data = pytest.mark.skipif(not REAL.exists(), reason="the real scans and slides do not lie beside this checkout")
 
 
 @needs_data

@@ -187,7 +187,7 @@ def test_slices_of_different_size_or_direction(tmp_path):
     fails("different directions", *paths, *turned)
 
 
-@pytest.mark.skipif(not CT_HEAD.exists(), reason="no shared data")
+@pytest.mark.skipif(not CT_HEAD.exists(), reason="the real scans and slides do not lie beside this checkout")
 def test_real_head_ct_with_tilt_and_two_blocks():
     paths = sorted(CT_HEAD.glob("*.dcm"))
     volume = read_volume(paths)

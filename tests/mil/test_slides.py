@@ -33,7 +33,7 @@ from medcl.transforms.patches import random_patch_view, restained
 
 SLIDE = REAL / "slides" / "cmu-1-small-region.svs"
 BROKEN = REAL / "slides" / "broken.svs"
-real = pytest.mark.skipif(not SLIDE.exists(), reason="no real slide here")
+real = pytest.mark.skipif(not SLIDE.exists(), reason="the real scans and slides do not lie beside this checkout")
 
 
 def test_tissue_is_what_is_coloured(tmp_path):
