@@ -26,7 +26,7 @@ from medcl.runtime.scale import await_leader, check_scale, is_follower
 from medcl.runtime.training import choose_accelerator, fit, hours, resume_step, trainer_for
 from medcl.store.plan import Plan
 from medcl.store.prepare import Stored
-from medcl.store.stage import describe, load_source, log_problems, prepare_all
+from medcl.store.stage import confirm, describe, load_source, log_problems, prepare_all
 
 C = TypeVar("C", PretrainConfig, FinetuneConfig)
 S = TypeVar("S", bound=Split | None)
@@ -62,7 +62,8 @@ class Study(Generic[C]):
         known = config.out if config.resume or self.is_follower else ""
         self.precision = choose_precision(config.precision, self.accelerator, known)
         self.previous_run = leader or previous_run(config)
-        self.manifest = load_source(config.source, config.channel, self.previous_run)
+        manifest = load_source(config.source, config.channel, self.previous_run)
+        self.manifest = confirm(manifest, config.source, config.yes)
         self.run, self.first_step = Path(config.out), 0
 
     def split(self, new: Callable[[], Split]) -> Split:

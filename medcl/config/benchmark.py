@@ -35,6 +35,7 @@ class BenchmarkConfig(SplitSettings, Settings):
         accelerator: what to train on.
         store: folder for prepared volumes; by default `$MEDCL_STORE`, or `~/.cache/medcl`.
         channel: which channel of 4D files to take.
+        yes: take what was guessed of the scans where `medcl scan` asks.
         absent: what a structure counts that the reference and all runs lack: nothing, or one (Dice of 1).
     """
 
@@ -53,6 +54,7 @@ class BenchmarkConfig(SplitSettings, Settings):
     accelerator: Accelerator = "auto"
     store: str = ""
     channel: int | None = None
+    yes: bool = False
     absent: Absent = "nothing"
 
     def __post_init__(self) -> None:

@@ -18,12 +18,14 @@ class DataSettings:
         store: folder for prepared volumes, or an fsspec address such as `s3://bucket/store`; by default `$MEDCL_STORE`,
             or `~/.cache/medcl`.
         channel: which channel of 4D files to take.
+        yes: take what was guessed of the scans where `medcl scan` asks.
     """
 
     plan: str = ""
     n4: bool = False
     store: str = ""
     channel: int | None = None
+    yes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

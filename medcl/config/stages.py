@@ -22,6 +22,7 @@ class ScanConfig(Settings):
         channel: which channel of 4D files to take; 4D files are set aside without it.
         quick: read headers only, no voxels.
         json: print a machine-readable summary instead of the tables.
+        yes: take what was guessed where the scan asks; the manifest then counts as confirmed.
         workers: processes; 0 takes one a core.
     """
 
@@ -30,6 +31,7 @@ class ScanConfig(Settings):
     channel: int | None = None
     quick: bool = False
     json: bool = False
+    yes: bool = False
     workers: Natural = 0
 
 

@@ -70,6 +70,8 @@ class Problem:
         remedy: what a person can do.
         aside: True where the volume was set aside; False where it is used all the same (a warning).
         twin: the volume that it is identical to, where that goes under another subject's name.
+        question: True where something was guessed that a person has to confirm. Nothing trains on the folder until a
+            table answers it, or `--yes` takes the guess.
     """
 
     file: str
@@ -77,6 +79,7 @@ class Problem:
     remedy: str
     aside: bool = True
     twin: str = ""
+    question: bool = False
 
     def __str__(self) -> str:
         return f"{self.file}: {self.what}. {self.remedy}"
@@ -119,6 +122,15 @@ class Manifest:
     def label_path(self, case: Case) -> Path | None:
         """Full path of a case's label map, or None."""
         return None if case.label is None else Path(self.root) / case.label
+
+    @property
+    def questions(self) -> tuple[Problem, ...]:
+        """What was guessed and is not confirmed yet."""
+        return tuple(problem for problem in self.problems if problem.question)
+
+    def confirmed(self) -> Manifest:
+        """The same manifest with every guess taken: its questions are warnings from now on."""
+        return replace(self, problems=tuple(replace(problem, question=False) for problem in self.problems))
 
     def with_cases(self, cases: tuple[Case, ...], problems: tuple[Problem, ...] = ()) -> Manifest:
         """The same manifest over other cases, with further problems appended."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medcl.dataset.case import Manifest
+from medcl.dataset.case import Manifest, Problem
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,6 +49,10 @@ def summary_dict(manifest: Manifest) -> dict[str, Any]:
         "problems": [
             {"file": problem.file, "what": problem.what, "remedy": problem.remedy, "aside": problem.aside}
             for problem in manifest.problems
+            if not problem.question
+        ],
+        "questions": [
+            {"file": problem.file, "what": problem.what, "remedy": problem.remedy} for problem in manifest.questions
         ],
     }
 
@@ -99,15 +103,45 @@ def print_summary(manifest: Manifest, console: Console | None = None) -> None:
         table.add_row("note", escape(f"{note} ({count} {'case' if count == 1 else 'cases'})"))
     console.print(table)
 
-    if manifest.problems:
+    if manifest.questions:
+        several = "questions" if manifest.questions[1:] else "question"
+        console.print(f"[bold]{len(manifest.questions)} {several}[/bold], which a table or --yes answers:")
+        for question in manifest.questions:
+            console.print(f"  [cyan]asks[/cyan]    {escape(str(question))}", soft_wrap=True)
+    problems = [problem for problem in manifest.problems if not problem.question]
+    if problems:
         aside = facts["set_aside"]
-        console.print(f"[bold]{len(manifest.problems)} problems[/bold], {aside} files set aside:")
+        console.print(f"[bold]{len(problems)} problems[/bold], {aside} files set aside:")
         # What was set aside comes before mere warnings.
-        for problem in sorted(manifest.problems, key=lambda problem: not problem.aside)[:SHOWN_PROBLEMS]:
-            mark = "[red]aside[/red]  " if problem.aside else "[yellow]warning[/yellow]"
-            console.print(f"  {mark} {escape(str(problem))}", soft_wrap=True)
-        if len(manifest.problems) > SHOWN_PROBLEMS:
-            console.print(f"  and {len(manifest.problems) - SHOWN_PROBLEMS} more, all in manifest.json")
+        kinds = grouped(sorted(problems, key=lambda problem: not problem.aside))
+        for is_aside, line in kinds[:SHOWN_PROBLEMS]:
+            mark = "[red]aside[/red]  " if is_aside else "[yellow]warning[/yellow]"
+            console.print(f"  {mark} {escape(line)}", soft_wrap=True)
+        if len(kinds) > SHOWN_PROBLEMS:
+            console.print(f"  and {len(kinds) - SHOWN_PROBLEMS} more, all in manifest.json")
+
+
+def grouped(problems: Iterable[Problem]) -> list[tuple[bool, str]]:
+    """A line for each kind of problem, in the order of the first of its kind, and whether its files were set aside.
+
+    Problems of one kind say the same and mend the same way, save for numbers and the names of files.
+    """
+    kinds: dict[tuple[bool, str, str], list[Problem]] = defaultdict(list)
+    for problem in problems:
+        kinds[(problem.aside, _kind(problem.what, problem.file), _kind(problem.remedy, problem.file))].append(problem)
+    lines = []
+    for (aside, *_), same in kinds.items():
+        more = f" ({len(same) - 1} more files likewise)" if len(same) > 2 else ""
+        lines += [(aside, f"{problem}{more}") for problem in (same[:1] if more else same)]
+    return lines
+
+
+def _kind(text: str, file: str) -> str:
+    """A sentence without the numbers and file names in it."""
+    words = text.replace(file, "").split()
+    return " ".join(
+        "" if "/" in word or "." in word.rstrip(".,;") or any(map(str.isdigit, word)) else word for word in words
+    )
 
 
 def _line(name: str, numbers: Sequence[float], unit: str) -> str:

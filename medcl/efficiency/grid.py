@@ -15,7 +15,7 @@ OWN = ("pretrained_lr", "frozen", "layer_decay", "semi", "semi_options", "mix", 
 KEYS = ("pretrain", "finetune", "labels")
 # Set by the benchmark itself, for every stage.
 FIXED = {
-    "source", "out", "init", "labels", "draw", "plan", "store", "channel", "accelerator", "resume",
+    "source", "out", "init", "labels", "draw", "plan", "store", "channel", "yes", "accelerator", "resume",
     "test_fraction", "val_fraction", "split_seed", "subjects",
 }  # fmt: skip
 

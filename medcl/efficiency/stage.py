@@ -24,7 +24,7 @@ from medcl.runtime.precision import choose_precision, keep_precision, name_of
 from medcl.runtime.run import follow_log, is_finished, log, read_config, setup_log, write_config, write_provenance
 from medcl.runtime.training import choose_accelerator, hours
 from medcl.store.plan import Plan
-from medcl.store.stage import describe, load_source, log_problems, plan_for, prepare_all
+from medcl.store.stage import confirm, describe, load_source, log_problems, plan_for, prepare_all
 
 ON_A_GPU = 4  # trainings at a time
 
@@ -104,7 +104,7 @@ def _manifest(config: BenchmarkConfig) -> str:
     """Path of the manifest every stage takes: the folder is looked through once."""
     path = Path(config.out) / "manifest.json"
     if not path.exists():
-        manifest = load_source(config.source, config.channel)
+        manifest = confirm(load_source(config.source, config.channel), config.source, config.yes)
         log.info("%s: %s.", config.source, describe(manifest))
         log_problems(manifest)
         manifest.save(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 from medcl.config import PrepareConfig, ScanConfig
 from medcl.dataset.case import Case, Manifest
 from medcl.dataset.scan import scan as scan_folder
+from medcl.dataset.summary import grouped
 from medcl.errors import MedclError
 from medcl.io.volumes import read_volume
 from medcl.runtime.run import log
@@ -33,6 +35,8 @@ def scan(config: ScanConfig) -> Manifest:
         config.source, channel=config.channel, voxels=not config.quick, workers=config.workers or None,
         progress=not config.json,
     )  # fmt: skip
+    if config.yes:
+        manifest = manifest.confirmed()
     manifest.save(config.out)
     return manifest
 
@@ -50,6 +54,20 @@ def load_source(source: str, channel: int | None = None, previous_run: Path | No
     if source.endswith(".json"):
         return Manifest.load(source)
     return guess_modality(scan_folder(source, channel=channel, voxels=False))
+
+
+def confirm(manifest: Manifest, source: str, yes: bool) -> Manifest:
+    """The manifest with its guesses taken.
+
+    Raises:
+        MedclError: something was guessed that a person has to confirm, and `yes` does not.
+    """
+    questions = manifest.questions
+    if questions and not yes:
+        first = questions[0]
+        more = f" ({len(questions) - 1} more questions: `medcl scan {shlex.quote(source)}`)" if questions[1:] else ""
+        raise MedclError(f"{first.file}: {first.what}{more}", source, f"{first.remedy} Or take the guess with --yes.")
+    return manifest.confirmed() if questions else manifest
 
 
 def guess_modality(manifest: Manifest) -> Manifest:
@@ -80,11 +98,11 @@ def describe(manifest: Manifest) -> str:
 
 def log_problems(manifest: Manifest, before: int = 0) -> None:
     """Logs the first few problems, one line each."""
-    problems = manifest.problems[before:]
-    for problem in problems[:SHOWN]:
-        log.warning("%s", problem)
-    if len(problems) > SHOWN:
-        log.warning("... and %d more, all in manifest.json.", len(problems) - SHOWN)
+    lines = grouped(manifest.problems[before:])
+    for _, line in lines[:SHOWN]:
+        log.warning("%s", line)
+    if len(lines) > SHOWN:
+        log.warning("... and %d more, all in manifest.json.", len(lines) - SHOWN)
 
 
 def plan_for(
@@ -168,7 +186,7 @@ def prepare(config: PrepareConfig) -> tuple[list[Stored], Plan]:
     """
     if config.plan and (config.spacing or config.n4):
         raise MedclError("a plan already says spacing and N4", "--plan", "Edit the plan, or leave it out.")
-    manifest = load_source(config.source, config.channel)
+    manifest = confirm(load_source(config.source, config.channel), config.source, config.yes)
     log.info("%s: %s.", config.source, describe(manifest))
     log_problems(manifest)
     plan = plan_for(
