@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +26,13 @@ def _scan(config: Any) -> None:
         print(json.dumps(summary_dict(manifest), indent=1))
         return
     print_summary(manifest)
-    following = f" Next: medcl pretrain {config.source} --out runs/NAME" if manifest.cases else ""
+    if config.write_table:
+        print(f"Table in {config.write_table}. Mend it, and give it as SOURCE.")
+    source = shlex.quote(config.source)
+    if manifest.questions:
+        following = f" Next: medcl scan {source} --write-table cases.csv"
+    else:
+        following = f" Next: medcl pretrain {source} --out runs/NAME" if manifest.cases else ""
     print(f"Manifest in {config.out}.{following}")
 
 

@@ -24,7 +24,8 @@ def image(grid: int) -> np.ndarray:
 def label(number: int, binary: bool) -> np.ndarray:
     array = np.zeros(SIZE, np.uint8)
     array[3:9, 3:8, 2:6] = 1
-    array[4 + number % 3 : 7, 4:7, 3:5] = 1 if binary else 2
+    array[5:7, 4:7, 3:5] = 1 if binary else 2
+    array[2, :, 1] = [number >> bit & 1 for bit in range(SIZE[1])]  # no two people have one label map
     return array
 
 

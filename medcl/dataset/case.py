@@ -10,6 +10,7 @@ from medcl.errors import MedclError
 from medcl.runtime.files import read_json, write_json
 
 MANIFEST_VERSION = 1
+BY_TABLE = "`medcl scan DIR --write-table FILE.csv` writes what was guessed: mend it, and give it as SOURCE."
 
 
 @dataclass(frozen=True)

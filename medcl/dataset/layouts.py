@@ -56,16 +56,16 @@ def detect(root: str | Path, files: Iterable[str], channel: int | None = None) -
     for recognise in (_msd, _acdc, _bids):
         layout = recognise(Path(root), names, channel)
         if layout is not None:
-            return _finish(layout)
+            return with_unique_ids(layout)
     cases, problems, rule, value_names = cases_by_names(Path(root), names)
-    return _finish(Layout("names", rule, tuple(cases), value_names, tuple(problems)))
+    return with_unique_ids(Layout("names", rule, tuple(cases), value_names, tuple(problems)))
 
 
 def _case(image: str, subject: str, id: str | None = None, **known: Any) -> Case:
     return Case(id or naming.stem(image), subject, (image,), format=format_of(image), **known)
 
 
-def _finish(layout: Layout) -> Layout:
+def with_unique_ids(layout: Layout) -> Layout:
     """Makes ids safe and unique: a name that occurs in several folders gets its folders in front."""
     by_id = defaultdict(list)
     for case in layout.cases:
