@@ -7,6 +7,7 @@ has one person under two subjects.
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from public_layouts import ASKED, MASKS, SIMPLE, Images, image, label, made, one, people, simple, times, write
@@ -151,3 +152,10 @@ def test_a_label_map_is_never_an_image(tmp_path):
         manifest = scan(tmp_path, voxels=voxels, workers=1)
         assert len(manifest.cases) == 4
         assert [problem.file for problem in manifest.problems] == ["scans/atlas.nii.gz"]
+
+
+def test_every_data_set_of_the_guide_is_tried_here():
+    guide = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    table = guide[guide.index("| data set |") :].split("\n\n")[0].splitlines()[2:]
+    names = {name for line in table for name in line.split("|")[1].strip().split(", ")}
+    assert len(names) > 40 and names - {*SIMPLE, *MASKS, *ASKED, "AMOS"} == set()
