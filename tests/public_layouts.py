@@ -153,6 +153,16 @@ SIMPLE: dict[str, Images] = {
         ("dwi", "adc"),
         "derivatives/sub-strokecase{p:04}/ses-0001/sub-strokecase{p:04}_ses-0001_msk.nii.gz",
     ),
+    "ISLES 2022 with FLAIR": {
+        f"rawdata/sub-strokecase{p:04}/ses-0001/{folder}/sub-strokecase{p:04}_ses-0001_{c}.nii.gz": (
+            str(p),
+            (f"derivatives/sub-strokecase{p:04}/ses-0001/sub-strokecase{p:04}_ses-0001_msk.nii.gz",)
+            if folder == "dwi"
+            else (),
+        )
+        for p in range(1, 5)
+        for folder, c in (("dwi", "dwi"), ("dwi", "adc"), ("anat", "FLAIR"))
+    },
     "ATLAS R2": people(
         (1, 2, 4),
         lambda p: one(
