@@ -16,7 +16,8 @@ from medcl.dataset import naming
 from medcl.dataset.case import BY_TABLE, Case, Problem
 from medcl.dataset.checks import check_grid
 from medcl.dataset.roles import Contents, labels_by_content
-from medcl.dataset.structure import Reading, read_subjects, template, tokens
+from medcl.dataset.structure import Reading, read_subjects
+from medcl.dataset.tokens import template, tokens
 from medcl.errors import MedclError
 from medcl.io.formats import format_of
 from medcl.io.volumes import read_header

@@ -69,6 +69,11 @@ def is_moment(word: str) -> bool:
     return bool(_MOMENT.match(word))
 
 
+def is_person(folder: str) -> bool:
+    """Whether a folder is named after a person: `sub-01`, `patient7`."""
+    return bool(_SUBJECT_FOLDER.match(folder))
+
+
 def is_generic(folder: str) -> bool:
     """Whether a folder's name tells what it holds and never whose: `imagesTr`, `labels`, `anat`, `training`."""
     return any(kind.match(folder) for kind in (_GENERIC_FOLDER, _LABEL_FOLDER, _IMAGE_FOLDER))

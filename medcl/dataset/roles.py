@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from medcl.dataset.checks import INTEGER_TOLERANCE
-from medcl.dataset.structure import template
+from medcl.dataset.tokens import template
 from medcl.errors import MedclError
 from medcl.io.volumes import read_volume
 
