@@ -19,9 +19,11 @@ class Case:
     Attributes:
         id: unique in its manifest, safe as a file name; predictions are named after it.
         subject: the person; every split is by subject. Never a patient name (DICOM identifiers are hashed).
-        image: the file, or the slice files of a DICOM series in slice order, relative to the manifest's root.
+        image: the file, or the slice files of a DICOM series in slice order, relative to the manifest's root. A header
+            comes first, the files beside it that hold its voxels after it.
         label: the label map's file, relative to the root, or None.
-        format: `nifti`, `nrrd`, `meta` (MHA/MHD) or `dicom`.
+        format: `dicom`, or a format of `medcl.io.formats.SUFFIXES`: `nifti`, `nrrd`, `meta` (MHA/MHD), `analyze`, `mgh`
+            (FreeSurfer), `minc`, `parrec`, `afni`, `tiff`.
         channel: which channel of a 4D file, or None for a 3D file.
         shape: voxels along the three array axes, in the file's own order.
         spacing: mm along the same axes.
@@ -29,7 +31,7 @@ class Case:
         affine: rows of the 4x4 matrix from voxel index to RAS+ world coordinates in mm.
         dtype: the stored voxel type.
         intensity: minimum, median and maximum, where voxels were read.
-        modality: `MR`, `CT` or `unknown`.
+        modality: `MR`, `CT`, `PET` or `unknown`.
         split: `train` or `test` where the data set's layout says so.
         notes: what was done to read it that a user should know (gantry tilt resampled, ...).
     """
@@ -116,7 +118,7 @@ class Manifest:
         return tuple(sorted({case.subject for case in self.cases}))
 
     def image_paths(self, case: Case) -> tuple[Path, ...]:
-        """Full paths of a case's image: one file, or the slice files of a DICOM series in slice order."""
+        """Full paths of a case's image: its file or files, as `Case.image` orders them."""
         return tuple(Path(self.root) / name for name in case.image)
 
     def label_path(self, case: Case) -> Path | None:

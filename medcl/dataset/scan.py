@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,20 +12,22 @@ import numpy as np
 
 from medcl.dataset import checks, layouts
 from medcl.dataset.case import Case, Manifest, Problem
+from medcl.dataset.passed_over import passed_over
+from medcl.dataset.series import find_series, may_be_dicom, problem_of, relative
 from medcl.dataset.summary import print_summary, summary_dict
 from medcl.dataset.twins import without_twins
 from medcl.errors import MedclError
-from medcl.io import dicom
+from medcl.io.detached import header_file, volume_files
+from medcl.io.dicom import is_dicom
 from medcl.io.formats import SUFFIXES, volume_suffix
 from medcl.io.geometry import Header, Volume
-from medcl.io.series import arrange
+from medcl.io.units import rounded
 from medcl.io.volumes import pick_channel, read_header, read_volume
 from medcl.runtime.pool import map_safely
 
 __all__ = ["print_summary", "scan", "summary_dict"]
 
 _LOOKED_FOR = f"Looked for {', '.join(SUFFIXES)} and DICOM files; give the folder that holds the scans."
-_Read = tuple[list[dicom.Slice], list[Problem]]
 _MEDIAN_FROM = 1 << 22  # voxels; of larger volumes the median is taken over every n-th voxel
 
 
@@ -58,7 +59,7 @@ def scan(
     if not found.volumes and not found.dicom and not found.problems:
         raise MedclError("no volumes found", source, _LOOKED_FOR)
     layout = layouts.detect(root, found.volumes, channel)
-    series, problems = _series(root, found.dicom, workers, progress)
+    series, problems = find_series(root, found.dicom, workers, progress)
     cases = [*layout.cases, *series]
 
     tasks = [(root, case, channel, voxels) for case in cases]
@@ -86,6 +87,7 @@ class _Found:
 
     volumes: dict[str, int] = field(default_factory=dict)
     dicom: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -95,10 +97,12 @@ def _find(source: Path) -> tuple[Path, _Found]:
     if not source.exists():
         raise MedclError("no such folder", source, "Check the path.")
     if source.is_file():
+        source = header_file(source)
         if volume_suffix(source.name):
             found.volumes[source.name] = source.stat().st_size
-        elif dicom.has_magic(source):
+        elif is_dicom(source):
             found.dicom.append(source.name)
+        found.problems += passed_over(source.parent, found.volumes, [source.name])
         return source.parent.resolve(), found
     root = source.resolve()
     try:
@@ -108,8 +112,11 @@ def _find(source: Path) -> tuple[Path, _Found]:
     for path, entry in _walk(root, found.problems):
         if volume_suffix(entry.name):
             found.volumes[path] = entry.stat().st_size
-        elif _may_be_dicom(entry.name):
+        elif may_be_dicom(entry.name):
             found.dicom.append(path)
+        else:
+            found.others.append(path)
+    found.problems += passed_over(root, found.volumes, found.others)
     return root, found
 
 
@@ -142,78 +149,8 @@ def _walk(root: Path, problems: list[Problem]) -> Iterator[tuple[str, os.DirEntr
             problems.append(Problem(folder, what, "Mend its permissions; it was passed over."))
 
 
-def _may_be_dicom(name: str) -> bool:
-    """By name alone: `.dcm`, `.ima`, no suffix, or a number after the last dot, as in `1.2.840.113619`."""
-    stem, dot, suffix = name.rpartition(".")
-    return name != "DICOMDIR" and (not dot or not stem or suffix.lower() in ("dcm", "ima", "dicom") or suffix.isdigit())
-
-
-def _relative(root: Path, where: object) -> str:
-    """A path as the manifest writes it, without the folders above its root."""
-    try:
-        return Path(str(where)).relative_to(root).as_posix()
-    except ValueError:
-        return str(where)
-
-
-def _problem(root: Path, error: MedclError, path: str) -> Problem:
-    where = _relative(root, error.where) if error.where is not None else path
-    return Problem(path if where == "." else where, error.what, error.remedy or "Leave it out.")
-
-
 def _crashed(case: Case) -> Problem:
     return Problem(case.image[0], "reading it crashed the reader", "Copy or export it again, or leave it out.")
-
-
-def _series(root: Path, files: Sequence[str], workers: int | None, progress: bool) -> tuple[list[Case], list[Problem]]:
-    """The DICOM series among the files, grouped by SeriesInstanceUID wherever the files lie."""
-    failed: list[_Read] = [([], [Problem(file, "reading it crashed the reader", "Leave it out.")]) for file in files]
-    tasks = [(root, file) for file in files]
-    read = map_safely(_read_slices, tasks, failed, workers, "Reading DICOM headers" if progress else None)
-    problems = [problem for _, found in read for problem in found]
-    groups: dict[str, list[dicom.Slice]] = defaultdict(list)
-    for slices, _ in read:
-        for one in slices:
-            groups[one.series].append(one)
-
-    cases = []
-    for uid, slices in groups.items():
-        # A series of which some images are captures or localisers is judged by the rest.
-        usable = [one for one in slices if not one.reason]
-        aside = [one for one in slices if one.reason]
-        if aside:
-            first, more = aside[0], f" ({len(aside)} files)" if len(aside) > 1 else ""
-            problems.append(Problem(_relative(root, first.path), f"DICOM series {first.reason}{more}", "Set aside."))
-        if not usable:
-            continue
-        first = usable[0]
-        if len(usable) == 1:
-            what = "DICOM series of a single slice"
-            problems.append(Problem(_relative(root, first.path), what, "Export the whole series, or leave it out."))
-            continue
-        try:
-            geometry = arrange(usable)
-        except MedclError as error:
-            problems.append(_problem(root, error, _relative(root, first.path)))
-            continue
-        id = "_".join(filter(None, (first.subject, dicom.short_hash(uid, 8), first.description)))
-        ordered = dict.fromkeys(_relative(root, one.path) for stack in geometry.channels for one in stack)
-        cases.append(Case(id, first.subject, tuple(ordered), format="dicom", modality=first.modality))
-    return cases, problems
-
-
-def _read_slices(task: tuple[Path, str]) -> _Read:
-    root, file = task
-    path = root / file
-    named = path.suffix.lower() in (".dcm", ".ima", ".dicom")
-    try:
-        if path.stat().st_size and not dicom.has_magic(path):
-            raise MedclError("is not a DICOM file", path, "Copy or export it again, or leave it out.")
-        return (dicom.read_slices(path), []) if named or path.stat().st_size else ([], [])
-    except MedclError as error:  # a file without the suffix may be anything: a README, a licence
-        return [], [_problem(root, error, file)] if named or "cannot be read" in error.what else []
-    except OSError as error:
-        return [], [Problem(file, f"cannot be read ({error.strerror})", "Mend its permissions.")]
 
 
 @dataclass
@@ -228,6 +165,9 @@ class _Result:
 def _inspect(task: tuple[Path, Case, int | None, bool]) -> _Result:
     """Reads one case and its label; whatever goes wrong becomes a problem."""
     root, case, channel, voxels = task
+    if case.format != "dicom":
+        files = volume_files(root / case.image[0])
+        case = replace(case, image=tuple(relative(root, file) for file in files))
     paths = [root / name for name in case.image]
     try:
         header = read_header(paths)
@@ -245,12 +185,12 @@ def _inspect(task: tuple[Path, Case, int | None, bool]) -> _Result:
             case,
             channel=taken,
             shape=image.shape,
-            spacing=tuple(round(mm, 6) for mm in header.spacing),
+            spacing=tuple(rounded(mm, 6) for mm in header.spacing),
             orientation=header.orientation,
             affine=tuple(tuple(float(number) for number in row) for row in header.affine),
             dtype=header.dtype,
             intensity=intensity,
-            modality=_modality(header.modality, case.modality, intensity),
+            modality=_modality(header.modality, case, intensity),
             notes=notes,
         )
     except Exception as error:
@@ -284,7 +224,7 @@ def _blank(header: Header) -> Volume:
 
 def _problem_of(root: Path, error: Exception, path: str) -> Problem:
     if isinstance(error, MedclError):
-        return _problem(root, error, path)
+        return problem_of(root, error, path)
     reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     return Problem(path, f"cannot be read ({reason.rstrip('.')})", "Copy or export it again, or leave it out.")
 
@@ -301,10 +241,13 @@ def _digest(image: Volume) -> str:
     return digest.hexdigest()
 
 
-def _modality(header: str, layout: str, intensity: Sequence[float] | None) -> str:
-    """The file's own word, else the layout's, else CT where there is air at -1000 HU."""
+def _modality(header: str, case: Case, intensity: Sequence[float] | None) -> str:
+    """The file's own word, else the layout's, else CT where there is air at -1000 HU.
+
+    DICOM says its modality: what is neither MR, CT nor PET there is none of them, whatever its intensities.
+    """
     if header != "unknown":
         return header
-    if layout != "unknown":
-        return layout
+    if case.modality != "unknown" or case.format == "dicom":
+        return case.modality
     return "CT" if intensity is not None and intensity[0] <= -500 else "unknown"

@@ -15,6 +15,7 @@ import numpy as np
 from medcl.dataset.case import Case, Manifest, Problem
 from medcl.dataset.checks import check_image, check_label
 from medcl.errors import MedclError
+from medcl.io.detached import volume_files
 from medcl.io.geometry import Volume, to_canonical
 from medcl.io.resample import resample_labels, resample_linear, resampled_affine
 from medcl.io.volumes import read_volume
@@ -236,7 +237,7 @@ def case_key(manifest: Manifest, case: Case, plan: Plan, contents: ContentKeys) 
         "channel": case.channel,
         "case": [case.id, case.subject],
         "image": [contents.of(path) for path in manifest.image_paths(case)],
-        "label": None if label is None else contents.of(label),
+        "label": None if label is None else "+".join(contents.of(path) for path in volume_files(label)),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
