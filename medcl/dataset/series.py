@@ -106,7 +106,7 @@ def _outlined(root: Path, objects: Sequence[dicom.Slice], series_of: dict[str, l
         here = [id for uid in uids for id in series_of.get(uid, ())]
         lost = sum(not series_of.get(uid) for uid in uids)
         of = ", ".join(here[:3]) + (f" and {len(here) - 3} more" if here[3:] else "")
-        of += f"{' and ' if here else ''}{lost} series that are not here" if lost else ""
+        of += f"{' and ' if here else ''}{lost} series not found here" if lost else ""
         if same:
             count = f"{len(same)} DICOM {kind} object{'s' if len(same) > 1 else ''}"
             what = f"{count} of {of or 'no series'}: not read as label maps"
