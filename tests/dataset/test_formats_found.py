@@ -39,7 +39,8 @@ def test_what_is_passed_over_is_one_line_for_each_ending(tmp_path):
     write_nifti(tmp_path / "s1.nii", rng_array(), AFFINE)
     for index in range(12):
         np.save(tmp_path / f"a{index}.npy", rng_array())
-    passed = "b.NPZ c.jpg d.zip e.tar.gz f.v g.ecat h.vtk i.gipl.gz k.img l.rec m.raw n.nii.xz o.czi p.mif".split()
+    passed = ["b.NPZ", "c.jpg", "d.zip", "e.tar.gz", "f.v", "g.ecat", "h.vtk", "i.gipl.gz", "k.img", "l.rec", "m.raw"]
+    passed += ["n.nii.xz", "o.czi", "p.mif"]
     for name in (*passed, "slice1.png", "slice2.png", "notes.txt", "README.md", "q.json"):
         (tmp_path / name).write_bytes(b"anything")
     (tmp_path / "r.hdr").write_bytes(b"x" * 348)
