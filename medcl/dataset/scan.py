@@ -12,6 +12,7 @@ import numpy as np
 
 from medcl.dataset import checks, layouts
 from medcl.dataset.case import Case, Manifest, Problem
+from medcl.dataset.labels import read_label
 from medcl.dataset.passed_over import passed_over
 from medcl.dataset.series import find_series, may_be_dicom, problem_of, relative
 from medcl.dataset.summary import print_summary, summary_dict
@@ -20,7 +21,7 @@ from medcl.errors import MedclError
 from medcl.io.detached import header_file, volume_files
 from medcl.io.dicom import is_dicom
 from medcl.io.formats import SUFFIXES, volume_suffix
-from medcl.io.geometry import Header, Volume
+from medcl.io.geometry import Volume
 from medcl.io.units import rounded
 from medcl.io.volumes import pick_channel, read_header, read_volume
 from medcl.runtime.pool import map_safely
@@ -62,7 +63,8 @@ def scan(
     series, problems = find_series(root, found.dicom, workers, progress)
     cases = [*layout.cases, *series]
 
-    tasks = [(root, case, channel, voxels) for case in cases]
+    bare = Manifest(str(root), "", "", (), label_names=layout.label_names)  # what a worker needs of it
+    tasks = [(bare, case, channel, voxels) for case in cases]
     failed = [_Result(None, (_crashed(case),)) for case in cases]
     results = map_safely(_inspect, tasks, failed, workers, "Reading volumes" if progress else None)
     read = [(result.case, result.digest) for result in results if result.case is not None]
@@ -162,9 +164,10 @@ class _Result:
     digest: str = ""
 
 
-def _inspect(task: tuple[Path, Case, int | None, bool]) -> _Result:
+def _inspect(task: tuple[Manifest, Case, int | None, bool]) -> _Result:
     """Reads one case and its label; whatever goes wrong becomes a problem."""
-    root, case, channel, voxels = task
+    bare, case, channel, voxels = task
+    root = Path(bare.root)
     if case.format != "dicom":
         files = volume_files(root / case.image[0])
         case = replace(case, image=tuple(relative(root, file) for file in files))
@@ -175,7 +178,7 @@ def _inspect(task: tuple[Path, Case, int | None, bool]) -> _Result:
         notes = (*case.notes, *header.notes)
         if taken is not None:
             notes += (f"channel {taken} of {header.shape[3]}",)
-        image = _blank(header)
+        image = header.blank()
         digest, intensity = "", None
         if voxels:
             image = read_volume(paths, taken)
@@ -195,31 +198,28 @@ def _inspect(task: tuple[Path, Case, int | None, bool]) -> _Result:
         )
     except Exception as error:
         return _Result(None, (_problem_of(root, error, case.image[0]),))
-    if case.label is None:
+    if not case.is_labelled:
         return _Result(case, (), digest)
+    first = case.label_files[0]
     try:
-        path = root / case.label
+        path = root / first
         if voxels:
-            found = read_volume([path])
+            found = read_label(bare, case)
             checks.check_label(found, image, path)
             if not found.array.any():
                 what = "the label map holds background only"
-                empty = Problem(case.label, what, "Check that it is meant so; it counts as labelled.", aside=False)
+                empty = Problem(first, what, "Check that it is meant so; it counts as labelled.", aside=False)
                 return _Result(case, (empty,), digest)
+            case = replace(case, notes=(*case.notes, *found.notes) if case.masks else case.notes)
         else:
             label = read_header([path])
             pick_channel(label, None, path)
-            checks.check_grid(_blank(label), image, path)
+            checks.check_grid(label.blank(), image, path)
     except Exception as error:
-        problem = _problem_of(root, error, case.label)
+        problem = _problem_of(root, error, first)
         lost = replace(problem, what=f"{problem.what}; its image {case.image[0]} is kept as unlabelled")
-        return _Result(replace(case, label=None), (lost,), digest)
+        return _Result(replace(case, label=None, masks=()), (lost,), digest)
     return _Result(case, (), digest)
-
-
-def _blank(header: Header) -> Volume:
-    """A volume of the header's grid that takes no memory."""
-    return Volume(np.broadcast_to(np.uint8(0), header.shape[:3]), header.affine)
 
 
 def _problem_of(root: Path, error: Exception, path: str) -> Problem:

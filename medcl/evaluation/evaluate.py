@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from medcl.dataset.case import Case, Manifest
 from medcl.dataset.checks import check_grid, check_label_values
+from medcl.dataset.labels import read_label
 from medcl.errors import MedclError
 from medcl.evaluation import statistics
 from medcl.evaluation.absence import COUNTS, INSTEAD, absences, check_absent, how_absent, other_rule, with_absence_rule
@@ -268,9 +269,8 @@ def _score_case(
     prediction: Path, manifest: Manifest, case: Case, named: Mapping[int, str], tolerance_mm: float
 ) -> tuple[list[Row], set[int]]:
     """The rows of one case, for named classes and any other found in it, and the values its reference holds."""
-    label = manifest.label_path(case)
-    assert label is not None
-    predicted, reference = _read_labels(prediction), _read_labels(label)
+    predicted = _as_integers(read_volume([prediction]), prediction)
+    reference = _as_integers(read_label(manifest, case), case.label_files[0])
     try:
         check_grid(predicted, reference, prediction)
     except MedclError as error:
@@ -287,10 +287,10 @@ def _score_case(
     return [{"case": case.id, "subject": case.subject, **score} for score in scores], values
 
 
-def _read_labels(path: Path) -> Volume:
+def _as_integers(volume: Volume, where: object) -> Volume:
     """A label map as integers. Canonical, so that a prediction stored with other axes still lines up."""
-    volume = to_canonical(read_volume([path]))
-    check_label_values(volume.array, path)
+    volume = to_canonical(volume)
+    check_label_values(volume.array, where)
     if volume.array.dtype.kind == "f":
         volume.array = np.rint(volume.array).astype(np.int32)
     return volume

@@ -9,8 +9,8 @@ import numpy as np
 from medcl.checkpoint import Contract
 from medcl.config import FinetuneConfig
 from medcl.dataset.case import Manifest
+from medcl.dataset.labels import read_label
 from medcl.errors import MedclError
-from medcl.io.volumes import read_volume
 from medcl.store.plan import Plan, derive_plan, round_up
 from medcl.store.stage import measured, plan_for
 
@@ -52,10 +52,8 @@ def label_values(manifest: Manifest, plan: Plan) -> tuple[int, ...]:
         return tuple(sorted(plan.labels))
     found: set[int] = set()
     for case in manifest.labelled:
-        path = manifest.label_path(case)
-        assert path is not None
         try:
-            found |= {int(value) for value in np.unique(read_volume([path]).array)}
+            found |= {int(value) for value in np.unique(read_label(manifest, case).array)}
         except MedclError:
             continue  # reported when the case is prepared
     values = tuple(sorted(v for v in found if 0 < v < 256))

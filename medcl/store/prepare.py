@@ -14,6 +14,7 @@ import numpy as np
 
 from medcl.dataset.case import Case, Manifest, Problem
 from medcl.dataset.checks import check_image, check_label
+from medcl.dataset.labels import read_label
 from medcl.errors import MedclError
 from medcl.io.detached import volume_files
 from medcl.io.geometry import Volume, to_canonical
@@ -150,11 +151,10 @@ def load_case(manifest: Manifest, case: Case) -> tuple[Volume, np.ndarray | None
     """
     image = read_volume(manifest.image_paths(case), channel=case.channel)
     check_image(image.array, where=case.image[0])
-    label_path = manifest.label_path(case)
-    if label_path is None:
+    if not case.is_labelled:
         return to_canonical(image), None
-    label = read_volume([label_path])
-    check_label(label, image, where=case.label)
+    label = read_label(manifest, case)
+    check_label(label, image, where=case.label_files[0])
     canonical = to_canonical(label)
     return to_canonical(image), np.rint(np.asarray(canonical.array)).astype(np.uint8)
 
@@ -222,6 +222,10 @@ class ContentKeys:
             self._changed = True
         return str(entry[1])
 
+    def of_volume(self, path: Path) -> str:
+        """`of` a volume's file, joined by `of` the files beside it that hold its voxels, where it has any."""
+        return "+".join(self.of(file) for file in volume_files(path))
+
     def save(self) -> None:
         """Writes the hashes to `hashes.json` in the store where any has changed."""
         if self._changed:
@@ -231,14 +235,17 @@ class ContentKeys:
 def case_key(manifest: Manifest, case: Case, plan: Plan, contents: ContentKeys) -> str:
     """Name of a case's folder in the store: of what its files hold and of how it is prepared."""
     label = manifest.label_path(case)
-    parts = {
+    parts: dict[str, Any] = {
         "version": PREPARE_VERSION,
         "plan": plan.preparation(),
         "channel": case.channel,
         "case": [case.id, case.subject],
         "image": [contents.of(path) for path in manifest.image_paths(case)],
-        "label": None if label is None else "+".join(contents.of(path) for path in volume_files(label)),
+        "label": None if label is None else contents.of_volume(label),
     }
+    if case.masks:
+        values = {name: value for value, name in manifest.label_names.items()}
+        parts["masks"] = [[values[name], contents.of_volume(Path(manifest.root) / file)] for name, file in case.masks]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -288,7 +295,7 @@ def prepare(
             files = [contents.of(file) for file in manifest.image_paths(case)]
             missing.append((case, paths[case.id], signature_path(root, files, case.channel)))
     contents.save()
-    bare = dataclasses.replace(manifest, cases=(), problems=())  # a worker needs the root only
+    bare = dataclasses.replace(manifest, cases=(), problems=())  # a worker needs the root and the names of values
     tasks = [(bare, case, plan, path, signature) for case, path, signature in missing]
     killed: list[MedclError | None] = [
         MedclError("its process was killed", case.image[0], "Use fewer workers: memory ran out.")

@@ -87,9 +87,9 @@ def test_equal_headers_make_no_twins_and_equal_volumes_do(tmp_path, suffix):
 
 
 def test_a_prepared_volume_is_keyed_by_the_file_of_voxels(tmp_path):
-    for name in ("images/a", "labels/a"):
+    for name, array in (("images/a", rng_array()), ("labels/a", np.abs(rng_array()) % 3)):
         (tmp_path / name).parent.mkdir()
-        nib.save(nib.Nifti1Pair(np.abs(rng_array()) % 3, AFFINE), tmp_path / f"{name}.hdr")
+        nib.save(nib.Nifti1Pair(array, AFFINE), tmp_path / f"{name}.hdr")
     manifest = scan(tmp_path)
     (case,) = manifest.labelled
     plan = derive_plan(manifest)
