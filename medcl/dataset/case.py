@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medcl.errors import MedclError
+from medcl.io.formats import format_of
 from medcl.runtime.files import read_json, write_json
 
 MANIFEST_VERSION = 1
@@ -141,6 +142,13 @@ class Manifest:
     def label_path(self, case: Case) -> Path | None:
         """Full path of a case's label map, or None."""
         return None if case.label is None else Path(self.root) / case.label
+
+    def label_paths(self, case: Case) -> tuple[Path, ...]:
+        """What `read_volume` takes for a case's label map: its file; a DICOM SEG with its series. Empty without one."""
+        path = self.label_path(case)
+        if path is None:
+            return ()
+        return (path, *self.image_paths(case)) if format_of(path) == "dicom" else (path,)
 
     @property
     def questions(self) -> tuple[Problem, ...]:

@@ -60,26 +60,29 @@ def scan(
     if not found.volumes and not found.dicom and not found.problems:
         raise MedclError("no volumes found", source, _LOOKED_FOR)
     layout = layouts.detect(root, found.volumes, channel)
-    series, problems = find_series(root, found.dicom, workers, progress)
-    cases = [*layout.cases, *series]
+    series = find_series(root, found.dicom, layout.label_names, workers, progress)
+    cases = [*layout.cases, *series.cases]
 
-    bare = Manifest(str(root), "", "", (), label_names=layout.label_names)  # what a worker needs of it
+    bare = Manifest(str(root), "", "", (), label_names=series.label_names)  # what a worker needs of it
     tasks = [(bare, case, channel, voxels) for case in cases]
     failed = [_Result(None, (_crashed(case),)) for case in cases]
     results = map_safely(_inspect, tasks, failed, workers, "Reading volumes" if progress else None)
     read = [(result.case, result.digest) for result in results if result.case is not None]
     kept, twins = without_twins(root, read, found.volumes)
-    rule = layout.rule if layout.cases or not series else ""
-    if series:
+    rule = layout.rule if layout.cases or not series.cases else ""
+    if series.cases:
         series_rule = "DICOM: one case per series, the subject is the hashed patient number"
+        series_rule += ", labels are SEG objects" if any(case.is_labelled for case in series.cases) else ""
         rule = f"{rule}; {series_rule}" if rule else series_rule
     return Manifest(
         root=str(root),
-        layout=layout.name if layout.cases or not series else "dicom",
+        layout=layout.name if layout.cases or not series.cases else "dicom",
         rule=rule,
         cases=tuple(sorted(kept, key=lambda case: case.id)),
-        problems=(*found.problems, *layout.problems, *problems, *(p for r in results for p in r.problems), *twins),
-        label_names=layout.label_names,
+        problems=(
+            *found.problems, *layout.problems, *series.problems, *(p for r in results for p in r.problems), *twins
+        ),
+        label_names=series.label_names,
     )
 
 
@@ -212,7 +215,7 @@ def _inspect(task: tuple[Manifest, Case, int | None, bool]) -> _Result:
                 return _Result(case, (empty,), digest)
             case = replace(case, notes=(*case.notes, *found.notes) if case.masks else case.notes)
         else:
-            label = read_header([path])
+            label = read_header(bare.label_paths(case) or [path])
             pick_channel(label, None, path)
             checks.check_grid(label.blank(), image, path)
     except Exception as error:

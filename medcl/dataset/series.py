@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medcl.dataset.case import Case, Problem
+from medcl.dataset.outlines import label_maps
 from medcl.errors import MedclError
 from medcl.io import dicom
 from medcl.io.series import arrange, without_copies
@@ -15,10 +17,21 @@ from medcl.runtime.pool import map_safely
 
 _Read = tuple[list[dicom.Slice], list[Problem]]
 _SUFFIX = re.compile(r"\.(dcm|ima|dicom|dic|dc3)(\.gz)?$", re.I)
-_CONVERT = {
-    "SEG": "Convert it to NIfTI (segimage2itkimage of dcmqi) and name it as a label map in a table.",
-    "RTSTRUCT": "Convert it to NIfTI (plastimatch convert, or rt-utils) and name it as a label map in a table.",
-}
+
+
+@dataclass
+class Series:
+    """What the DICOM files of a folder hold.
+
+    Attributes:
+        cases: one for each series and patient.
+        label_names: name of every label value, with those of SEG objects.
+        problems: files set aside, and warnings.
+    """
+
+    cases: list[Case]
+    label_names: dict[int, str]
+    problems: list[Problem]
 
 
 def may_be_dicom(name: str) -> bool:
@@ -28,13 +41,14 @@ def may_be_dicom(name: str) -> bool:
 
 
 def find_series(
-    root: Path, files: Sequence[str], workers: int | None, progress: bool
-) -> tuple[list[Case], list[Problem]]:
+    root: Path, files: Sequence[str], label_names: Mapping[int, str], workers: int | None, progress: bool
+) -> Series:
     """The DICOM series among the files, wherever these lie: slices of one SeriesInstanceUID and one patient.
 
     Args:
         root: the folder that paths are relative to.
         files: what may be DICOM by its name.
+        label_names: what other label maps of the folder call their values.
         workers: processes that read; by default one per available core.
         progress: show a progress bar.
     """
@@ -58,7 +72,9 @@ def find_series(
             cases += found
             problems += told
             series_of[uid] += [case.id for case in found]
-    return cases, problems + _outlined(root, outlines, series_of)
+    labels, names, told = label_maps(root, outlines, series_of, label_names)
+    labelled = [replace(case, label=labels.get(case.id)) for case in cases]
+    return Series(labelled, names, problems + told)
 
 
 def _grouped(slices: Iterable[dicom.Slice]) -> dict[str, dict[str, list[dicom.Slice]]]:
@@ -95,23 +111,6 @@ def _case(root: Path, uid: str, slices: Sequence[dicom.Slice]) -> tuple[list[Cas
     ordered = dict.fromkeys(relative(root, one.path) for stack in geometry.channels for one in stack)
     notes = (note,) if note else ()
     return [Case(id, first.subject, tuple(ordered), format="dicom", modality=first.modality, notes=notes)], problems
-
-
-def _outlined(root: Path, objects: Sequence[dicom.Slice], series_of: dict[str, list[str]]) -> list[Problem]:
-    """One problem for each kind of segmentation object: how many there are, and which series they outline."""
-    problems = []
-    for kind, remedy in _CONVERT.items():
-        same = [one for one in objects if one.kind == kind]
-        uids = dict.fromkeys(uid for one in same for uid in one.refers)
-        here = [id for uid in uids for id in series_of.get(uid, ())]
-        lost = sum(not series_of.get(uid) for uid in uids)
-        of = ", ".join(here[:3]) + (f" and {len(here) - 3} more" if here[3:] else "")
-        of += f"{' and ' if here else ''}{lost} series not found here" if lost else ""
-        if same:
-            count = f"{len(same)} DICOM {kind} object{'s' if len(same) > 1 else ''}"
-            what = f"{count} of {of or 'no series'}: not read as label maps"
-            problems.append(Problem(relative(root, same[0].path), what, remedy))
-    return problems
 
 
 def _read_slices(task: tuple[Path, str]) -> _Read:

@@ -20,6 +20,7 @@ from medcl.io.by_nibabel import open_by_nibabel
 from medcl.io.detached import header_file
 from medcl.io.formats import COPY_AGAIN, format_of, one_line_errors
 from medcl.io.geometry import Header, Volume, spacing_of
+from medcl.io.segmentation import is_segmentation, open_segmentation
 from medcl.io.series import open_series
 from medcl.io.tiff import open_tiff
 
@@ -28,7 +29,8 @@ def read_header(paths: Sequence[str | Path]) -> Header:
     """Reads everything but the voxels of one image.
 
     Args:
-        paths: the file; of a volume in two files, the header or both, header first; the files of one DICOM series.
+        paths: the file; of a volume in two files, the header or both, header first; the files of one DICOM series in
+            any order; or a DICOM SEG, followed by the files of the series that it outlines.
 
     Raises:
         MedclError: the file is empty or damaged, is not 3D or 4D, or its geometry is unusable.
@@ -40,8 +42,7 @@ def read_volume(paths: Sequence[str | Path], channel: int | None = None) -> Volu
     """Reads one 3D image.
 
     Args:
-        paths: the file; of a volume in two files, the header or both, header first; the files of one DICOM series in
-            any order.
+        paths: as of `read_header`.
         channel: which channel or frame of a 4D image; 3D images ignore it.
 
     Raises:
@@ -88,7 +89,9 @@ def _open(paths: Sequence[str | Path]) -> tuple[Header, Any]:
         for file in files:
             if file.stat().st_size == 0:
                 raise MedclError("the file is empty (0 bytes)", file, COPY_AGAIN)
-        if kind == "dicom":
+        if kind == "dicom" and is_segmentation(first):
+            header, load = open_segmentation(first, files[1:])
+        elif kind == "dicom":
             header, load = open_series(files)
         elif kind in ("nrrd", "meta"):
             header, load = open_by_itk(first)
