@@ -77,7 +77,7 @@ def _nrrd_units(fields: dict[str, str], affine: np.ndarray) -> tuple[np.ndarray,
     if not {"space directions", "spacings"} & set(fields):
         notes.append("header holds no spacing: 1 mm is supposed")
     if not re.search("right|left|ras|las|lps", fields.get("space", "").lower()):
-        notes.append("header holds no orientation (no space): left and right are a guess")
+        notes.append("header holds no orientation (no anatomical space): left and right are a guess")
     return affine, notes
 
 

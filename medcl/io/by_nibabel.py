@@ -103,6 +103,8 @@ def _geometry(image: Any, path: Path) -> tuple[np.ndarray, list[str]]:
         affine[:3, :3] = [[-1, 0, 0], [0, 0, 1], [0, -1, 0]]  # FreeSurfer's coronal slices; nibabel turns them over
         affine[:3, 3] = -affine[:3, :3] @ np.array(image.shape[:3]) / 2
         notes.append(f"header holds no geometry (goodRASFlag is 0): 1 mm is supposed, and {_NO_ORIENTATION}")
+    elif format_of(path) == "minc" and not all(hasattr(axis, "step") for axis in image.dataobj.minc_file._dims[-3:]):
+        notes.append("header holds no spacing along some axis: 1 mm is supposed")
     return affine, notes
 
 

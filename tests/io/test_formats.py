@@ -113,6 +113,16 @@ def test_minc_counts_time_first(tmp_path):
         assert np.array_equal(volume.affine, theirs.affine)
 
 
+@pytest.mark.parametrize("name", ["minc1-no-att.mnc", "minc2-no-att.mnc"])
+def test_minc_without_spacing_is_told(tmp_path, name):
+    pytest.importorskip("h5py")
+    volume = read_volume([sample(name, tmp_path)])
+    assert volume.spacing == (1, 1, 1) and volume.notes == (
+        "header holds no spacing along some axis: 1 mm is supposed",
+    )
+    assert read_volume([sample("tiny.mnc", tmp_path)]).notes == ()
+
+
 @pytest.mark.parametrize("name", ["phantom_EPI_asc_CLEAR_2_1.PAR", "example4d+orig.HEAD"])
 def test_philips_and_afni(tmp_path, name):
     path = sample(name, tmp_path)

@@ -55,7 +55,7 @@ def test_units_of_nrrd(tmp_path, unit, mm, note, field):
     (tmp_path / "a.nrrd").write_bytes(head.encode() + array.tobytes(order="F"))
     volume = read_volume([tmp_path / "a.nrrd"])
     assert np.array_equal(volume.array, array) and np.allclose(volume.spacing, np.array([2, 3, 4]) * mm, rtol=1e-9)
-    no_space = "header holds no orientation (no space): left and right are a guess"
+    no_space = "header holds no orientation (no anatomical space): left and right are a guess"
     assert volume.notes == tuple(filter(None, [note, None if field == "space units" else no_space]))
     if field == "space units":
         assert np.allclose(volume.affine[:3, 3], np.array([10, 20, 30]) * mm, rtol=1e-9)
