@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 
 import numpy as np
@@ -185,6 +186,10 @@ def test_jpeg_compressed_dicom(tmp_path, compressor):
     paths = write_series(tmp_path / "series", volume, upright(4), edit=edit)
     assert pydicom.dcmread(paths[0]).file_meta.TransferSyntaxUID.is_compressed
     assert np.array_equal(read_volume(paths).array, volume.astype(int) - 1024)
+    packed = [path.with_suffix(".dcm.gz") for path in paths]
+    for path, other in zip(paths, packed, strict=True):
+        other.write_bytes(gzip.compress(path.read_bytes()))
+    assert np.array_equal(read_volume(packed).array, volume.astype(int) - 1024)
 
 
 def test_truncated_dicom(tmp_path):
