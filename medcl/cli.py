@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,11 @@ Command = Callable[[Any], "int | None"]
 OVERLAP = 3  # exit status of an audit that found one
 
 
+def _quoted(path: object) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
+
+
 def _scan(config: Any) -> None:
     from medcl.dataset.scan import print_summary, summary_dict
     from medcl.store.stage import scan
@@ -25,7 +31,14 @@ def _scan(config: Any) -> None:
         print(json.dumps(summary_dict(manifest), indent=1))
         return
     print_summary(manifest)
-    following = f" Next: medcl pretrain {config.source} --out runs/NAME" if manifest.cases else ""
+    source = _quoted(config.source)
+    if config.write_table:
+        print(f"Table in {config.write_table}.")
+        following = f" Next: mend the table, then medcl pretrain {_quoted(config.write_table)} --out runs/NAME"
+    elif manifest.questions:
+        following = f" Next: medcl scan {source} --write-table cases.csv"
+    else:
+        following = f" Next: medcl pretrain {source} --out runs/NAME" if manifest.cases else ""
     print(f"Manifest in {config.out}.{following}")
 
 
@@ -42,7 +55,7 @@ def _pretrain(config: Any) -> None:
     if is_follower(config):
         return  # the first process tells
     _report(run)
-    print(f"Next: medcl finetune LABELLED --init {run} --labels 2 --out runs/NAME")
+    print(f"Next: medcl finetune LABELLED --init {_quoted(run)} --labels 2 --out runs/NAME")
 
 
 def _finetune(config: Any) -> None:
@@ -53,8 +66,8 @@ def _finetune(config: Any) -> None:
     if is_follower(config):
         return
     _report(run)
-    tested = f"medcl evaluate {run}, or " if Split.load(run / "split.json").test else ""
-    print(f"Next: {tested}medcl predict {run} SCANS OUT")
+    tested = f"medcl evaluate {_quoted(run)}, or " if Split.load(run / "split.json").test else ""
+    print(f"Next: {tested}medcl predict {_quoted(run)} SCANS OUT")
 
 
 def _predict(config: Any) -> None:
@@ -124,13 +137,13 @@ def _mil_pretrain(config: Any) -> None:
 
     run = pretrain_patches(config)
     _report(run)
-    print(f"Next: medcl mil prepare {config.bags} FOLDER --encoder {run} --tile {config.tile}")
+    print(f"Next: medcl mil prepare {_quoted(config.bags)} FOLDER --encoder {_quoted(run)} --tile {config.tile}")
 
 
 def _mil_prepare(config: Any) -> None:
     from medcl.mil.prepare import prepare_bags
 
-    print(f"Next: medcl mil fit {prepare_bags(config)} --out runs/NAME")
+    print(f"Next: medcl mil fit {_quoted(prepare_bags(config))} --out runs/NAME")
 
 
 def _mil_fit(config: Any) -> None:
@@ -141,7 +154,7 @@ def _mil_fit(config: Any) -> None:
     run = fit(config)
     print_scores(read_json(run / "metrics.json"))
     _report(run)
-    print(f"Next: medcl mil predict {run} NEW_BAGS OUT")
+    print(f"Next: medcl mil predict {_quoted(run)} NEW_BAGS OUT")
 
 
 def _mil_predict(config: Any) -> None:

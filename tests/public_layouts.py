@@ -24,7 +24,8 @@ def image(grid: int) -> np.ndarray:
 def label(number: int, binary: bool) -> np.ndarray:
     array = np.zeros(SIZE, np.uint8)
     array[3:9, 3:8, 2:6] = 1
-    array[4 + number % 3 : 7, 4:7, 3:5] = 1 if binary else 2
+    array[5:7, 4:7, 3:5] = 1 if binary else 2
+    array[2, :, 1] = [number >> bit & 1 for bit in range(SIZE[1])]  # no two people have one label map
     return array
 
 
@@ -86,7 +87,7 @@ SIMPLE: dict[str, Images] = {
     "PROMISE12": simple("Case{p:02}.mhd", "Case{p:02}_segmentation.mhd", range(4)),
     "SLIVER07": simple("liver-orig{p:03}.mhd", "liver-seg{p:03}.mhd"),
     "LA 2018": simple("Training Set/{p}/lgemri.nrrd", "Training Set/{p}/laendo.nrrd", HASHES),
-    "VerSe 2019": simple("verse{p:03}.nii.gz", "verse{p:03}_seg.nii.gz"),
+    "VerSe": simple("verse{p:03}.nii.gz", "verse{p:03}_seg.nii.gz"),
     "VerSe 2020": simple(
         "dataset-01training/rawdata/sub-verse{p:03}/sub-verse{p:03}_ct.nii.gz",
         "dataset-01training/derivatives/sub-verse{p:03}/sub-verse{p:03}_seg-vert_msk.nii.gz",
@@ -152,6 +153,16 @@ SIMPLE: dict[str, Images] = {
         ("dwi", "adc"),
         "derivatives/sub-strokecase{p:04}/ses-0001/sub-strokecase{p:04}_ses-0001_msk.nii.gz",
     ),
+    "ISLES 2022 with FLAIR": {
+        f"rawdata/sub-strokecase{p:04}/ses-0001/{folder}/sub-strokecase{p:04}_ses-0001_{c}.nii.gz": (
+            str(p),
+            (f"derivatives/sub-strokecase{p:04}/ses-0001/sub-strokecase{p:04}_ses-0001_msk.nii.gz",)
+            if folder == "dwi"
+            else (),
+        )
+        for p in range(1, 5)
+        for folder, c in (("dwi", "dwi"), ("dwi", "adc"), ("anat", "FLAIR"))
+    },
     "ATLAS R2": people(
         (1, 2, 4),
         lambda p: one(
@@ -178,6 +189,17 @@ SIMPLE: dict[str, Images] = {
         "train25_myops_gd/myops_training_{p}_gd.nii.gz",
         (101, 102, 105),
     ),
+    "OASIS": {
+        f"disc{1 + p // 3}/OAS1_{p:04}_MR1/PROCESSED/MPRAGE/T88_111/OAS1_{p:04}_MR1_mpr_n4_anon_111_t88_gfc.nii.gz": (
+            str(p),
+            (),
+        )
+        for p in range(1, 7)
+    },
+    "OASIS-3": {
+        f"OAS3{p:04}_MR_d{day:04}/anat1/sub-OAS3{p:04}_ses-d{day:04}_T1w.nii.gz": (str(p), ())
+        for p, day in ((1, 129), (1, 757), (2, 653), (3, 12))
+    },
     "PI-CAI": {
         f"images/{p}/{p}_{t}_{c}.mha": (
             str(p),
@@ -286,7 +308,7 @@ ASKED: dict[str, Images] = {
     "one person twice": times(
         "BraTS-GLI-{p:05}-{t}/BraTS-GLI-{p:05}-{t}-{c}.nii.gz", ("t1c", "t2f"), "", {0: ("000", "001")}
     ),
-    "two sites with equal numbers": {
+    "WMH 2017": {
         f"{site}/{p}/pre/{c}.nii.gz": (f"{site}{p}", (f"{site}/{p}/wmh.nii.gz",))
         for site in ("Utrecht", "Singapore")
         for p in range(4)
@@ -307,7 +329,7 @@ ASKED: dict[str, Images] = {
         for part in ("Training", "Validation")
         for p in (1, 2, 3)
     },
-    "centres in the number": {
+    "TCGA": {
         f"TCGA-{site}-{p:04}.nii.gz": (f"{site}{p}", ())
         for site, p in (("02", 11), ("02", 12), ("06", 33), ("06", 34), ("08", 5))
     },

@@ -17,8 +17,13 @@ class ScanConfig(Settings):
     """What is in a folder of scans.
 
     Args:
-        source: folder to look through.
+        source: folder to look through, or a table of cases (a .csv file).
         out: where to write the manifest; by default `manifest.json` in the current folder.
+        table: a table of cases (CSV: `image`, `label`, `subject`, `session`, `site`, `modality`, `split`); what it says
+            is not guessed.
+        write_table: where to write what was found as such a table, to mend by hand and give as source.
+        include: patterns of files to take alone, such as '*_t1.nii.gz'.
+        exclude: patterns of files or folders to leave out, such as derivatives.
         channel: which channel of 4D files to take; 4D files are set aside without it.
         quick: read headers only, no voxels.
         json: print a machine-readable summary instead of the tables.
@@ -28,6 +33,10 @@ class ScanConfig(Settings):
 
     source: str
     out: str = "manifest.json"
+    table: str = ""
+    write_table: str = ""
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
     channel: int | None = None
     quick: bool = False
     json: bool = False

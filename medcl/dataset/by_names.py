@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from medcl.dataset import naming
-from medcl.dataset.case import Case, Problem
+from medcl.dataset.case import BY_TABLE, Case, Problem
 from medcl.dataset.checks import check_grid
 from medcl.dataset.roles import Contents, labels_by_content
 from medcl.dataset.structure import Reading, read_subjects, template, tokens
@@ -21,7 +21,6 @@ from medcl.errors import MedclError
 from medcl.io.formats import format_of
 from medcl.io.volumes import read_header
 
-BY_TABLE = "`medcl scan DIR --write-table FILE.csv` writes what was guessed: mend it, and give it as SOURCE."
 RULE = (
     "by names: labels by folder (labels, masks, …), ending (_seg, _mask, …) or content; the subject is what varies "
     "with the person in all names together"

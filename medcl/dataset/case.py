@@ -11,6 +11,7 @@ from medcl.io.formats import format_of
 from medcl.runtime.files import read_json, write_json
 
 MANIFEST_VERSION = 1
+BY_TABLE = "`medcl scan DIR --write-table FILE.csv` writes what was guessed: mend it, and give it as SOURCE."
 
 
 @dataclass(frozen=True)

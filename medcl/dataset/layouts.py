@@ -56,16 +56,16 @@ def detect(root: str | Path, files: Iterable[str], channel: int | None = None) -
     for recognise in (_msd, _acdc, _bids):
         layout = recognise(Path(root), names, channel)
         if layout is not None:
-            return _finish(layout)
+            return with_unique_ids(layout)
     cases, problems, rule, value_names = cases_by_names(Path(root), names)
-    return _finish(Layout("names", rule, tuple(cases), value_names, tuple(problems)))
+    return with_unique_ids(Layout("names", rule, tuple(cases), value_names, tuple(problems)))
 
 
 def _case(image: str, subject: str, id: str | None = None, **known: Any) -> Case:
     return Case(id or naming.stem(image), subject, (image,), format=format_of(image), **known)
 
 
-def _finish(layout: Layout) -> Layout:
+def with_unique_ids(layout: Layout) -> Layout:
     """Makes ids safe and unique: a name that occurs in several folders gets its folders in front."""
     by_id = defaultdict(list)
     for case in layout.cases:
@@ -218,6 +218,7 @@ def _acdc(root: Path, files: list[str], channel: int | None) -> Layout | None:
 
 
 _BIDS = re.compile(r"^(.*?)(sub-[A-Za-z0-9]+)/(?:(ses-[A-Za-z0-9]+)/)?(anat|ct|pet)/(\2_[^/]*)$")
+_FUNCTIONAL = re.compile(r"/(func|fmap|perf)/|_desc-brain_")
 # Entities that describe a label map or its making rather than the scan it was drawn on.
 _LABEL_ENTITIES = {"label", "desc", "seg", "atlas", "res", "den", "mod"}
 
@@ -225,8 +226,9 @@ _LABEL_ENTITIES = {"label", "desc", "seg", "atlas", "res", "den", "mod"}
 def _bids(root: Path, files: list[str], channel: int | None) -> Layout | None:
     """BIDS: `sub-XX[/ses-YY]/anat/*_T1w.nii.gz`; labels `*_dseg` or `*_mask`, beside the image or in derivatives."""
     parsed = [(name, match) for name in files if (match := _BIDS.match(name))]
-    if not parsed:
-        return None
+    aside = {name for name in files if not _BIDS.match(name) and not _FUNCTIONAL.search(name)}
+    if not parsed or any(naming.is_label(name) for name in aside):
+        return None  # labels of other folders belong to images that this layout does not see
     images: list[tuple[str, dict[str, str], str]] = []
     labels: list[tuple[str, dict[str, str]]] = []
     raw = [name for name, match in parsed if "derivatives/" not in match[1]]
@@ -262,10 +264,10 @@ def _bids(root: Path, files: list[str], channel: int | None) -> Layout | None:
         for name, entities, kind in images
     ]
     skipped = len(files) - len(parsed)
-    aside = f"; {skipped} files outside anat folders are passed over" if skipped else ""
+    passed = f"; {skipped} files outside anat folders are passed over" if skipped else ""
     rule = (
         "BIDS layout: the subject is the sub- entity (all sessions kept together), labels are _dseg or _mask files "
-        f"with the same entities{aside}"
+        f"with the same entities{passed}"
     )
     return Layout("bids", rule, tuple(cases), _dseg_names(root), tuple(problems))
 

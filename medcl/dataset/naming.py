@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 
 from medcl.io.formats import volume_suffix
 
-_LABEL_WORDS = "segs?|segmentations?|labels?|lbl|masks?|gt|groundtruth|annotations?|roi"
+_LABEL_WORDS = "segs?|segmentations?|labels?|lbl|masks?|msk|dseg|gt|groundtruth|annotations?|roi"
 _IMAGE_WORDS = "imgs?|images?|vol|volumes?|scans?"
 _LABEL_FOLDER = re.compile(rf"^({_LABEL_WORDS}|ground[_-]truth)([_-]?(tr|ts|va|val|train|test))?$", re.I)
 _IMAGE_FOLDER = re.compile(rf"^({_IMAGE_WORDS}|data)([_-]?(tr|ts|va|val|train|test))?$", re.I)

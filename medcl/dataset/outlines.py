@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medcl.dataset.case import Problem
+from medcl.dataset.case import Case, Problem
 from medcl.errors import MedclError
-from medcl.io.dicom import Slice
+from medcl.io.dicom import Slice, is_dicom
+from medcl.io.formats import format_of
 from medcl.io.segmentation import segment_names
 
 _CONVERT = {
@@ -50,6 +51,16 @@ def label_maps(
     for kind in _CONVERT:
         told += _told(root, [one for one in left if one.kind == kind], cases_of)
     return {id: _relative(root, path) for id, path in labels.items()}, found, told
+
+
+def names_of(root: Path, cases: Iterable[Case], names: Mapping[int, str]) -> dict[int, str]:
+    """The names of all label values of cases, with those of the SEG objects that a table names as label maps.
+
+    Raises:
+        MedclError: two objects disagree.
+    """
+    files = [root / case.label for case in cases if case.label and format_of(case.label) == "dicom"]
+    return _names([file for file in files if is_dicom(file)], names)
 
 
 def _names(files: Iterable[Path], names: Mapping[int, str]) -> dict[int, str]:

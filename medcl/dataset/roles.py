@@ -21,6 +21,9 @@ SAMPLED = 3  # files read of each template
 FEW = 12  # values; images have more
 MANY = 1024  # values; label maps have fewer
 PATCHY = 0.75  # of neighbours in the foreground are equal in a label map of many values; noise leaves few in an image
+_GLANCE = 1 << 16  # voxels by which most images are told at once
+PLANES = 16  # of a volume in which neighbours are compared
+LARGEST_LABEL = 65_535
 ALONE = 50  # files that are each alone with their template: above, a few of each folder are read
 
 
@@ -28,31 +31,50 @@ def looks_like_labels(array: np.ndarray) -> bool | None:
     """Whether an array holds a label map: few whole values from 0 up, in patches. None where it is constant.
 
     Args:
-        array: the voxels, of any shape and type.
+        array: the voxels, (X, Y, Z), of any type.
     """
-    if array.size == 0 or not np.isfinite(array).all():
+    if array.size == 0:
         return False
-    low, high = float(array.min()), float(array.max())
-    if low == high:
-        return None
-    if low < 0 or high > np.iinfo(np.uint16).max:
+    if not _may_be_labels(array.reshape(-1)[:: max(1, array.size // _GLANCE)]) or not _may_be_labels(array):
         return False
-    whole = np.rint(array)
-    if array.dtype.kind == "f" and np.abs(array - whole).max() > INTEGER_TOLERANCE:
-        return False
-    values, counts = np.unique(whole, return_counts=True)
+    values, counts = np.unique(np.rint(array), return_counts=True)
     if len(values) <= FEW:
-        return True
+        return None if len(values) == 1 else True
     if len(values) > MANY:
         return False
+    planes = array[..., :: max(1, array.shape[-1] // PLANES)]
     background = values[counts.argmax()]
     equal = pairs = 0
-    for axis in range(whole.ndim):
-        one, other = (np.delete(whole, place, axis) for place in (-1, 0))
+    for axis in range(2):
+        one, other = (np.delete(planes, place, axis) for place in (-1, 0))
         inside = (one != background) | (other != background)
         pairs += int(inside.sum())
-        equal += int(((one == other) & inside).sum())
+        equal += int(((np.rint(one) == np.rint(other)) & inside).sum())
     return equal >= PATCHY * pairs
+
+
+def _may_be_labels(array: np.ndarray) -> bool:
+    """Whether voxels are whole numbers that a label map can hold."""
+    if not np.isfinite(array).all() or array.min() < 0 or array.max() > LARGEST_LABEL:
+        return False
+    return array.dtype.kind != "f" or bool(np.abs(array - np.rint(array)).max() <= INTEGER_TOLERANCE)
+
+
+def check_no_label(array: np.ndarray, layout: str, where: object) -> None:
+    """Checks that what is taken for an image is no label map; a table's word stands.
+
+    Args:
+        array: the voxels, (X, Y, Z).
+        layout: of the manifest: `table` where a person has said which files are images.
+        where: the file, for the message.
+
+    Raises:
+        MedclError: it holds few whole values, in patches.
+    """
+    if layout != "table" and looks_like_labels(array):
+        values = len(np.unique(np.rint(array)))
+        raise MedclError(f"looks like a label map ({values} whole values, in patches) that belongs to no image", where,
+                         "Name its image in a table; or name it there as an image, if it is one.")  # fmt: skip
 
 
 class Contents:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from medcl.dataset import checks, layouts
 from medcl.dataset.case import Case, Manifest, Problem
+from medcl.dataset.find import Found, choose, find
 from medcl.dataset.labels import read_label
+from medcl.dataset.layouts import Layout
+from medcl.dataset.outlines import names_of
 from medcl.dataset.passed_over import passed_over
-from medcl.dataset.series import find_series, may_be_dicom, problem_of, relative
+from medcl.dataset.roles import check_no_label
+from medcl.dataset.series import Series, find_series, problem_of, relative
 from medcl.dataset.summary import print_summary, summary_dict
-from medcl.dataset.twins import without_twins
+from medcl.dataset.table import read_table
+from medcl.dataset.twins import shared_labels, without_twins
 from medcl.errors import MedclError
-from medcl.io.detached import header_file, volume_files
-from medcl.io.dicom import is_dicom
-from medcl.io.formats import SUFFIXES, volume_suffix
+from medcl.io.detached import volume_files
+from medcl.io.formats import SUFFIXES
 from medcl.io.geometry import Volume
 from medcl.io.units import rounded
 from medcl.io.volumes import pick_channel, read_header, read_volume
@@ -35,6 +38,9 @@ _MEDIAN_FROM = 1 << 22  # voxels; of larger volumes the median is taken over eve
 def scan(
     source: str | Path,
     *,
+    table: str | Path = "",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     channel: int | None = None,
     voxels: bool = True,
     workers: int | None = None,
@@ -46,7 +52,9 @@ def scan(
     kept, the labelled one first.
 
     Args:
-        source: a folder, or one volume file.
+        source: a folder, one volume file, or a table of cases (`medcl.dataset.table`).
+        table: a table of cases; nothing is guessed that it says. Its paths start at its own folder, or at `source`.
+        include, exclude: patterns of paths (`*_t1.nii.gz`, `derivatives/*`): which alone to take, which to leave out.
         channel: which channel or frame of 4D images to take; without it they are set aside.
         voxels: also read the voxels (intensity range, NaN, truncation, label values); without it only headers are
             read, which is quick but finds less.
@@ -56,19 +64,33 @@ def scan(
     Raises:
         MedclError: the folder does not exist, may not be read, or holds nothing that looks like a volume.
     """
-    root, found = _find(Path(source).expanduser())
-    if not found.volumes and not found.dicom and not found.problems:
-        raise MedclError("no volumes found", source, _LOOKED_FOR)
-    layout = layouts.detect(root, found.volumes, channel)
-    series = find_series(root, found.dicom, layout.label_names, workers, progress)
+    if str(source).endswith(".csv"):
+        source, table = Path(source).parent, source
+    root, found = find(Path(source).expanduser()) if not table else (Path(source).expanduser().resolve(), Found())
+    if table:
+        told = read_table(Path(table).resolve(), root, lambda files: find_series(root, files, workers=workers))
+        layout = Layout("table", told.rule, told.cases, told.label_names, told.problems)
+        layout = layouts.with_unique_ids(layout)
+        found.volumes = {case.image[0]: (root / case.image[0]).stat().st_size for case in layout.cases}
+        series = Series([], names_of(root, layout.cases, layout.label_names), [])
+    else:
+        choose(found, include, exclude)
+        found.problems += passed_over(root, found.volumes, found.others)
+        if not found.volumes and not found.dicom and not found.problems:
+            raise MedclError("no volumes found", source, _LOOKED_FOR)
+        layout = layouts.detect(root, found.volumes, channel)
+        series = find_series(root, found.dicom, layout.label_names, workers, progress)
     cases = [*layout.cases, *series.cases]
 
-    bare = Manifest(str(root), "", "", (), label_names=series.label_names)  # what a worker needs of it
+    bare = Manifest(str(root), layout.name, "", (), label_names=series.label_names)  # what a worker needs of it
     tasks = [(bare, case, channel, voxels) for case in cases]
     failed = [_Result(None, (_crashed(case),)) for case in cases]
     results = map_safely(_inspect, tasks, failed, workers, "Reading volumes" if progress else None)
     read = [(result.case, result.digest) for result in results if result.case is not None]
     kept, twins = without_twins(root, read, found.volumes)
+    twins += shared_labels(
+        [(r.case, r.label_digest) for r in results if r.case is not None and r.case.id in {case.id for case in kept}]
+    )
     rule = layout.rule if layout.cases or not series.cases else ""
     if series.cases:
         series_rule = "DICOM: one case per series, the subject is the hashed patient number"
@@ -86,72 +108,6 @@ def scan(
     )
 
 
-@dataclass
-class _Found:
-    """What lies below a folder: volume files with their sizes in bytes, files that may be DICOM, what went wrong."""
-
-    volumes: dict[str, int] = field(default_factory=dict)
-    dicom: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-
-def _find(source: Path) -> tuple[Path, _Found]:
-    """The absolute root, and what is below it."""
-    found = _Found()
-    if not source.exists():
-        raise MedclError("no such folder", source, "Check the path.")
-    if source.is_file():
-        source = header_file(source)
-        if volume_suffix(source.name):
-            found.volumes[source.name] = source.stat().st_size
-        elif is_dicom(source):
-            found.dicom.append(source.name)
-        found.problems += passed_over(source.parent, found.volumes, [source.name])
-        return source.parent.resolve(), found
-    root = source.resolve()
-    try:
-        os.scandir(root).close()
-    except OSError as error:
-        raise MedclError(f"the folder cannot be read ({error.strerror})", source, "Mend its permissions.") from None
-    for path, entry in _walk(root, found.problems):
-        if volume_suffix(entry.name):
-            found.volumes[path] = entry.stat().st_size
-        elif may_be_dicom(entry.name):
-            found.dicom.append(path)
-        else:
-            found.others.append(path)
-    found.problems += passed_over(root, found.volumes, found.others)
-    return root, found
-
-
-def _walk(root: Path, problems: list[Problem]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Every file with its path relative to the root. Links to folders are followed, once; hidden names are not."""
-    folders, seen = [""], set()
-    while folders:
-        folder = folders.pop()
-        try:
-            place = os.stat(root / folder)
-            if (place.st_dev, place.st_ino) in seen:
-                continue
-            seen.add((place.st_dev, place.st_ino))
-            with os.scandir(root / folder) as entries:
-                for entry in sorted(entries, key=lambda entry: entry.name):
-                    path = f"{folder}/{entry.name}" if folder else entry.name
-                    if entry.name.startswith((".", "__MACOSX")):
-                        continue
-                    try:
-                        if entry.is_dir():
-                            folders.append(path)
-                        elif entry.is_file():
-                            yield path, entry
-                        elif entry.is_symlink():
-                            problems.append(Problem(path, "is a link to nothing", "Restore its target or remove it."))
-                    except OSError as error:
-                        problems.append(Problem(path, f"cannot be read ({error.strerror})", "Mend its permissions."))
-        except OSError as error:
-            what = f"the folder cannot be read ({error.strerror})"
-            problems.append(Problem(folder, what, "Mend its permissions; it was passed over."))
 
 
 def _crashed(case: Case) -> Problem:
@@ -165,6 +121,7 @@ class _Result:
     case: Case | None
     problems: tuple[Problem, ...] = ()
     digest: str = ""
+    label_digest: str = ""
 
 
 def _inspect(task: tuple[Manifest, Case, int | None, bool]) -> _Result:
@@ -186,6 +143,7 @@ def _inspect(task: tuple[Manifest, Case, int | None, bool]) -> _Result:
         if voxels:
             image = read_volume(paths, taken)
             checks.check_image(image.array, paths[0])
+            check_no_label(image.array, bare.layout, paths[0])
             intensity, digest = _intensity(image.array), _digest(image)
         case = replace(
             case,
@@ -214,6 +172,7 @@ def _inspect(task: tuple[Manifest, Case, int | None, bool]) -> _Result:
                 empty = Problem(first, what, "Check that it is meant so; it counts as labelled.", aside=False)
                 return _Result(case, (empty,), digest)
             case = replace(case, notes=(*case.notes, *found.notes) if case.masks else case.notes)
+            return _Result(case, (), digest, _digest(found))
         else:
             label = read_header(bare.label_paths(case) or [path])
             pick_channel(label, None, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ from medcl.io.series import arrange, without_copies
 from medcl.runtime.pool import map_safely
 
 _Read = tuple[list[dicom.Slice], list[Problem]]
-_SUFFIX = re.compile(r"\.(dcm|ima|dicom|dic|dc3)(\.gz)?$", re.I)
 
 
 @dataclass
@@ -34,14 +32,12 @@ class Series:
     problems: list[Problem]
 
 
-def may_be_dicom(name: str) -> bool:
-    """By name alone: `.dcm`, `.ima`, no suffix, or a number after the last dot, as in `1.2.840.113619`."""
-    stem, dot, suffix = name.rpartition(".")
-    return name != "DICOMDIR" and (not dot or not stem or bool(_SUFFIX.search(name)) or suffix.isdigit())
-
-
 def find_series(
-    root: Path, files: Sequence[str], label_names: Mapping[int, str], workers: int | None, progress: bool
+    root: Path,
+    files: Sequence[str],
+    label_names: Mapping[int, str] | None = None,
+    workers: int | None = None,
+    progress: bool = False,
 ) -> Series:
     """The DICOM series among the files, wherever these lie: slices of one SeriesInstanceUID and one patient.
 
@@ -72,7 +68,7 @@ def find_series(
             cases += found
             problems += told
             series_of[uid] += [case.id for case in found]
-    labels, names, told = label_maps(root, outlines, series_of, label_names)
+    labels, names, told = label_maps(root, outlines, series_of, label_names or {})
     labelled = [replace(case, label=labels.get(case.id)) for case in cases]
     return Series(labelled, names, problems + told)
 
@@ -116,7 +112,7 @@ def _case(root: Path, uid: str, slices: Sequence[dicom.Slice]) -> tuple[list[Cas
 def _read_slices(task: tuple[Path, str]) -> _Read:
     root, file = task
     path = root / file
-    named = bool(_SUFFIX.search(path.name))
+    named = dicom.is_named(path.name)
     try:
         if path.stat().st_size and not dicom.is_dicom(path):
             raise MedclError("is not a DICOM file", path, "Copy or export it again, or leave it out.")

@@ -1,4 +1,4 @@
-"""Identical volumes under two names: one is kept, so that no two can sit in two splits."""
+"""Identical volumes or label maps under two names: of volumes one is kept, so that no two can sit in two splits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from medcl.dataset.case import Case, Problem
+from medcl.dataset.case import BY_TABLE, Case, Problem
 from medcl.runtime.files import file_sha256
 
 Pair = tuple[Case, str]
@@ -46,6 +46,26 @@ def without_twins(root: Path, read: Iterable[Pair], sizes: Mapping[str, int]) ->
             remedy = f"{first.image[0]} is used; delete one of the two."
             problems.append(Problem(other.image[0], what, remedy, twin=first.image[0] if strangers else ""))
     return [case for case, _ in kept if case.id not in twins], problems
+
+
+def shared_labels(read: Iterable[Pair]) -> list[Problem]:
+    """Questions where two subjects have one label map, which can be right for one of them only.
+
+    Args:
+        read: every case with a digest of its label map's voxels; empty where they were not read, or are all background.
+    """
+    owners: dict[str, Case] = {}
+    questions = []
+    for case, digest in read:
+        if not case.is_labelled:
+            continue
+        first = owners.setdefault(digest or "\0".join(case.label_files), case)
+        if first.subject != case.subject:
+            other = f"{first.label_files[0]} of subject {first.subject}"
+            what = f"is the label map of subject {case.subject}, and equal to {other}"
+            remedy = f"Only one of them can be right. {BY_TABLE}"
+            questions.append(Problem(case.label_files[0], what, remedy, aside=False, question=True))
+    return questions
 
 
 def _split(group: list[Pair], key: Callable[[Case], object]) -> list[list[Pair]]:

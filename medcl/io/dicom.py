@@ -27,6 +27,7 @@ _VRS = {
     "ST", "TM", "UI", "UL", "UN", "US", "UT",
 }
 # fmt: on
+_SUFFIX = re.compile(r"\.(dcm|ima|dicom|dic|dc3)(\.gz)?$", re.I)
 _MODALITIES = {"MR": "MR", "CT": "CT", "PT": "PET"}
 SEGMENTATIONS = ("SEG", "RTSTRUCT")  # kinds of objects that outline structures of another series
 
@@ -66,6 +67,17 @@ class Slice:
     number: int | None = None
     slope: float = 1.0
     intercept: float = 0.0
+
+
+def is_named(name: str) -> bool:
+    """Whether a name ends as only DICOM files do."""
+    return bool(_SUFFIX.search(name))
+
+
+def may_be_dicom(name: str) -> bool:
+    """By name alone: `.dcm`, `.ima`, no suffix, or a number after the last dot, as in `1.2.840.113619`."""
+    stem, dot, suffix = name.rpartition(".")
+    return name != "DICOMDIR" and (not dot or not stem or is_named(name) or suffix.isdigit())
 
 
 def is_dicom(path: str | Path) -> bool:

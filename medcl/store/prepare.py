@@ -15,6 +15,7 @@ import numpy as np
 from medcl.dataset.case import Case, Manifest, Problem
 from medcl.dataset.checks import check_image, check_label
 from medcl.dataset.labels import read_label
+from medcl.dataset.roles import check_no_label
 from medcl.errors import MedclError
 from medcl.io.detached import volume_files
 from medcl.io.geometry import Volume, to_canonical
@@ -151,6 +152,7 @@ def load_case(manifest: Manifest, case: Case) -> tuple[Volume, np.ndarray | None
     """
     image = read_volume(manifest.image_paths(case), channel=case.channel)
     check_image(image.array, where=case.image[0])
+    check_no_label(image.array, manifest.layout, case.image[0])
     if not case.is_labelled:
         return to_canonical(image), None
     label = read_label(manifest, case)

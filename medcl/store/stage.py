@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import shlex
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from medcl.config import PrepareConfig, ScanConfig
 from medcl.dataset.case import Case, Manifest
 from medcl.dataset.scan import scan as scan_folder
 from medcl.dataset.summary import grouped
+from medcl.dataset.table import write_table
 from medcl.errors import MedclError
 from medcl.io.volumes import read_volume
 from medcl.runtime.run import log
@@ -32,13 +35,29 @@ SHOWN = 5  # problems logged one by one; all are in manifest.json
 def scan(config: ScanConfig) -> Manifest:
     """Scans a folder and writes its manifest."""
     manifest = scan_folder(
-        config.source, channel=config.channel, voxels=not config.quick, workers=config.workers or None,
+        config.source, table=config.table, include=config.include, exclude=config.exclude, channel=config.channel,
+        voxels=not config.quick, workers=config.workers or None,
         progress=not config.json,
     )  # fmt: skip
     if config.yes:
         manifest = manifest.confirmed()
+    _keep_previous(Path(config.out), manifest)
     manifest.save(config.out)
+    if config.write_table:
+        write_table(manifest, config.write_table)
     return manifest
+
+
+def _keep_previous(path: Path, manifest: Manifest) -> None:
+    """Renames a manifest of other content, which may have been edited by hand, so that no scan overwrites it."""
+    if not path.exists():
+        return
+    with contextlib.suppress(MedclError):  # of an earlier version, or damaged: kept all the same
+        if Manifest.load(path) == manifest:
+            return
+    kept = next(other for n in itertools.count(1) if not (other := path.with_suffix(f".{n}{path.suffix}")).exists())
+    path.rename(kept)
+    log.info("%s was there before and differs: it is kept as %s.", path, kept.name)
 
 
 def load_source(source: str, channel: int | None = None, previous_run: Path | None = None) -> Manifest:

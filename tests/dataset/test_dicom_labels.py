@@ -123,3 +123,13 @@ def test_a_seg_of_a_series_that_is_not_here(tmp_path):
     write_seg(tmp_path / "seg.dcm", masks(), POSITIONS, "1.2.5")
     (problem,) = scan(tmp_path).problems
     assert problem.what == "1 DICOM SEG object of 1 series not found here: not read as label maps"
+
+
+def test_a_table_names_seg_objects_as_label_maps(tmp_path):
+    ct(tmp_path / "ct")
+    for seed in range(2):  # two readers: only a table can say which counts
+        write_seg(tmp_path / f"seg{seed}.dcm", masks(seed), POSITIONS, "1.2.5", names={1: "liver", 2: f"tumour {seed}"})
+    (tmp_path / "cases.csv").write_text("image,label\nct,seg1.dcm\n")
+    manifest = scan(tmp_path / "cases.csv")
+    assert manifest.problems == () and manifest.label_names == {1: "liver", 2: "tumour 1"}
+    assert np.array_equal(read_label(manifest, manifest.cases[0]).array, truth(1))

@@ -125,3 +125,11 @@ def test_data_files_that_lie_elsewhere_are_found(tmp_path):
         "outside.mhd",
         str(tmp_path / "away/v.bin"),
     )
+
+
+def test_a_table_may_name_the_file_of_voxels(tmp_path):
+    for name, array in (("a", rng_array()), ("b", np.abs(rng_array()) % 3)):
+        nib.save(nib.Nifti1Pair(array, AFFINE), tmp_path / f"{name}.hdr")
+    (tmp_path / "table.csv").write_text("image,label\na.img,b.img\n")
+    (case,) = scan(tmp_path / "table.csv").labelled
+    assert case.image == ("a.hdr", "a.img") and case.label == "b.hdr" and case.format == "analyze"

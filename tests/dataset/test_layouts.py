@@ -251,3 +251,9 @@ def test_real_acdc_paths():
     assert layout.name == "acdc" and layout.problems == ()
     assert len(layout.cases) == 140 and len(set(subjects(layout).values())) == 70
     assert all(case.label for case in layout.cases)
+
+
+def test_bids_functional_masks_do_not_change_the_layout():
+    files = ["sub-1/anat/sub-1_T1w.nii.gz", "derivatives/fmriprep/sub-1/func/sub-1_task-rest_desc-brain_mask.nii.gz"]
+    assert told(*files).name == "bids"
+    assert told(*files, "derivatives/lesions/sub-1/sub-1_msk.nii.gz").name == "names"

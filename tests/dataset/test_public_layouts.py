@@ -7,9 +7,10 @@ has one person under two subjects.
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
-from public_layouts import ASKED, MASKS, SIMPLE, Images, label, made, people, simple, times, write
+from public_layouts import ASKED, MASKS, SIMPLE, Images, image, label, made, one, people, simple, times, write
 
 from medcl.dataset.case import Manifest
 from medcl.dataset.scan import scan
@@ -131,3 +132,30 @@ def test_no_split_has_a_person_on_both_sides(tmp_path):
             for part in (split.train, split.val, split.test)
         ]
         assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+
+
+def test_one_label_map_under_two_subjects_is_asked(tmp_path):
+    images = simple("images/p{p}.nii.gz", "labels/p{p}.nii.gz")
+    made(tmp_path, images)
+    write(tmp_path / "images/p4.nii.gz", image(77))
+    write(tmp_path / "images/p1.nii.gz", image(78))
+    write(tmp_path / "labels/p1.nii.gz", label(5, binary=False))
+    write(tmp_path / "labels/p4.nii.gz", label(5, binary=False))
+    (question,) = scan(tmp_path, workers=1).questions
+    assert question.file == "labels/p4.nii.gz" and "labels/p1.nii.gz of subject p1" in question.what
+
+
+def test_a_label_map_is_never_an_image(tmp_path):
+    made(tmp_path, people(range(4), lambda p: one(p, "scans/brain_{p}.nii.gz")))
+    write(tmp_path / "scans/atlas.nii.gz", label(0, binary=False))
+    for voxels in (True, False):
+        manifest = scan(tmp_path, voxels=voxels, workers=1)
+        assert len(manifest.cases) == 4
+        assert [problem.file for problem in manifest.problems] == ["scans/atlas.nii.gz"]
+
+
+def test_every_data_set_of_the_guide_is_tried_here():
+    guide = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    table = guide[guide.index("| data set |") :].split("\n\n")[0].splitlines()[2:]
+    names = {name for line in table for name in line.split("|")[1].strip().split(", ")}
+    assert len(names) > 40 and names - {*SIMPLE, *MASKS, *ASKED, "AMOS"} == set()
