@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medcl.errors import MedclError
+from medcl.io.formats import format_of
 from medcl.runtime.files import read_json, write_json
 
 MANIFEST_VERSION = 1
@@ -20,10 +21,12 @@ class Case:
     Attributes:
         id: unique in its manifest, safe as a file name; predictions are named after it.
         subject: the person; every split is by subject. Never a patient name (DICOM identifiers are hashed).
-        image: the file, or the slice files of a DICOM series in slice order, relative to the manifest's root.
+        image: the file, or the slice files of a DICOM series in slice order, relative to the manifest's root. A header
+            comes first, the files beside it that hold its voxels after it.
         label: the label map's file, relative to the root, or None.
         masks: instead of one label map, names of structures and their binary masks, relative to the root.
-        format: `nifti`, `nrrd`, `meta` (MHA/MHD) or `dicom`.
+        format: `dicom`, or a format of `medcl.io.formats.SUFFIXES`: `nifti`, `nrrd`, `meta` (MHA/MHD), `analyze`, `mgh`
+            (FreeSurfer), `minc`, `parrec`, `afni`, `tiff`.
         channel: which channel of a 4D file, or None for a 3D file.
         shape: voxels along the three array axes, in the file's own order.
         spacing: mm along the same axes.
@@ -31,7 +34,7 @@ class Case:
         affine: rows of the 4x4 matrix from voxel index to RAS+ world coordinates in mm.
         dtype: the stored voxel type.
         intensity: minimum, median and maximum, where voxels were read.
-        modality: `MR`, `CT` or `unknown`.
+        modality: `MR`, `CT`, `PET` or `unknown`.
         split: `train`, `val` or `test` where the data set's layout or a table says so.
         session, site: of the acquisition, where a table says them.
         targets: further columns of a table, each a name and a value.
@@ -134,12 +137,19 @@ class Manifest:
         return tuple(sorted({case.subject for case in self.cases}))
 
     def image_paths(self, case: Case) -> tuple[Path, ...]:
-        """Full paths of a case's image: one file, or the slice files of a DICOM series in slice order."""
+        """Full paths of a case's image: its file or files, as `Case.image` orders them."""
         return tuple(Path(self.root) / name for name in case.image)
 
     def label_path(self, case: Case) -> Path | None:
         """Full path of a case's label map, or None."""
         return None if case.label is None else Path(self.root) / case.label
+
+    def label_paths(self, case: Case) -> tuple[Path, ...]:
+        """What `read_volume` takes for a case's label map: its file; a DICOM SEG with its series. Empty without one."""
+        path = self.label_path(case)
+        if path is None:
+            return ()
+        return (path, *self.image_paths(case)) if format_of(path) == "dicom" else (path,)
 
     @property
     def questions(self) -> tuple[Problem, ...]:

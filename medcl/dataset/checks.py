@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 
 from medcl.errors import MedclError
-from medcl.io.geometry import Volume
+from medcl.io.geometry import Volume, farthest
 
 AFFINE_TOLERANCE = 0.01  # of a voxel, at the corner that moves most
 INTEGER_TOLERANCE = 1e-3
@@ -46,8 +44,7 @@ def check_grid(label: Volume, image: Volume, where: object = None) -> None:
     if label.shape != image.shape:
         sizes = [" x ".join(map(str, shape)) for shape in (label.shape, image.shape)]
         raise MedclError(f"the label map is {sizes[0]}, its image {sizes[1]} voxels", where, f"{resample}.")
-    corners = np.array([[*corner, 1] for corner in itertools.product(*((0, size - 1) for size in image.shape))])
-    moved = np.linalg.norm(corners @ (np.asarray(label.affine) - np.asarray(image.affine)).T, axis=1).max()
+    moved = farthest(label.affine, image.affine, image.shape)
     if not moved <= AFFINE_TOLERANCE * min(image.spacing):
         raise MedclError(
             f"the label map's affine differs from its image's: voxels lie up to {moved:.3g} mm apart",

@@ -10,16 +10,18 @@ from pathlib import Path
 
 from medcl.dataset.case import Problem
 from medcl.errors import MedclError
-from medcl.io import dicom
+from medcl.io.detached import header_file
+from medcl.io.dicom import is_dicom, may_be_dicom
 from medcl.io.formats import volume_suffix
 
 
 @dataclass
 class Found:
-    """What lies below a folder: volume files with their sizes in bytes, files that may be DICOM, what went wrong."""
+    """What lies below a folder: volume files with their bytes, files that may be DICOM, all others, what went wrong."""
 
     volumes: dict[str, int] = field(default_factory=dict)
     dicom: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -29,10 +31,13 @@ def find(source: Path) -> tuple[Path, Found]:
     if not source.exists():
         raise MedclError("no such folder", source, "Check the path.")
     if source.is_file():
+        source = header_file(source)
         if volume_suffix(source.name):
             found.volumes[source.name] = source.stat().st_size
-        elif dicom.has_magic(source):
+        elif is_dicom(source):
             found.dicom.append(source.name)
+        else:
+            found.others.append(source.name)
         return source.parent.resolve(), found
     root = source.resolve()
     try:
@@ -42,16 +47,19 @@ def find(source: Path) -> tuple[Path, Found]:
     for path, entry in _walk(root, found.problems):
         if volume_suffix(entry.name):
             found.volumes[path] = entry.stat().st_size
-        elif _may_be_dicom(entry.name):
+        elif may_be_dicom(entry.name):
             found.dicom.append(path)
+        else:
+            found.others.append(path)
     return root, found
 
 
 def choose(found: Found, include: Sequence[str], exclude: Sequence[str]) -> None:
     """Leaves out what the patterns do not want, and says how much that is."""
     every = [*found.volumes, *found.dicom]
-    wanted = {path for path in every if not include or _fits(path, include)}
+    wanted = {path for path in (*every, *found.others) if not include or _fits(path, include)}
     wanted = {path for path in wanted if not _fits(path, exclude)}
+    found.others = [path for path in found.others if path in wanted]
     found.volumes = {path: size for path, size in found.volumes.items() if path in wanted}
     found.dicom = [path for path in found.dicom if path in wanted]
     left = sorted(set(every) - wanted)
@@ -91,9 +99,3 @@ def _walk(root: Path, problems: list[Problem]) -> Iterator[tuple[str, os.DirEntr
         except OSError as error:
             what = f"the folder cannot be read ({error.strerror})"
             problems.append(Problem(folder, what, "Mend its permissions; it was passed over."))
-
-
-def _may_be_dicom(name: str) -> bool:
-    """By name alone: `.dcm`, `.ima`, no suffix, or a number after the last dot, as in `1.2.840.113619`."""
-    stem, dot, suffix = name.rpartition(".")
-    return name != "DICOMDIR" and (not dot or not stem or suffix.lower() in ("dcm", "ima", "dicom") or suffix.isdigit())

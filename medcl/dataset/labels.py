@@ -23,9 +23,9 @@ def read_label(manifest: Manifest, case: Case) -> Volume:
     Raises:
         MedclError: the case has none, a file cannot be read, or masks differ in grid or are not binary.
     """
-    path = manifest.label_path(case)
-    if path is not None:
-        return read_volume([path])
+    paths = manifest.label_paths(case)
+    if paths:
+        return read_volume(paths)
     if not case.masks:
         raise MedclError("has no label map", case.id, "Name it in a table.")
     return _merged(case.masks, Path(manifest.root), {name: value for value, name in manifest.label_names.items()})

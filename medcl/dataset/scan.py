@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,22 +14,24 @@ from medcl.dataset.case import Case, Manifest, Problem
 from medcl.dataset.find import Found, choose, find
 from medcl.dataset.labels import read_label
 from medcl.dataset.layouts import Layout
+from medcl.dataset.outlines import names_of
+from medcl.dataset.passed_over import passed_over
 from medcl.dataset.roles import check_no_label
+from medcl.dataset.series import Series, find_series, problem_of, relative
 from medcl.dataset.summary import print_summary, summary_dict
 from medcl.dataset.table import read_table
 from medcl.dataset.twins import shared_labels, without_twins
 from medcl.errors import MedclError
-from medcl.io import dicom
+from medcl.io.detached import volume_files
 from medcl.io.formats import SUFFIXES
 from medcl.io.geometry import Volume
-from medcl.io.series import arrange
+from medcl.io.units import rounded
 from medcl.io.volumes import pick_channel, read_header, read_volume
 from medcl.runtime.pool import map_safely
 
 __all__ = ["print_summary", "scan", "summary_dict"]
 
 _LOOKED_FOR = f"Looked for {', '.join(SUFFIXES)} and DICOM files; give the folder that holds the scans."
-_Read = tuple[list[dicom.Slice], list[Problem]]
 _MEDIAN_FROM = 1 << 22  # voxels; of larger volumes the median is taken over every n-th voxel
 
 
@@ -66,22 +67,22 @@ def scan(
     if str(source).endswith(".csv"):
         source, table = Path(source).parent, source
     root, found = find(Path(source).expanduser()) if not table else (Path(source).expanduser().resolve(), Found())
-    series: list[Case] = []
-    problems: list[Problem] = []
     if table:
-        told = read_table(Path(table).resolve(), root, lambda files: _series(root, files, workers, False))
+        told = read_table(Path(table).resolve(), root, lambda files: find_series(root, files, workers=workers))
         layout = Layout("table", told.rule, told.cases, told.label_names, told.problems)
         layout = layouts.with_unique_ids(layout)
         found.volumes = {case.image[0]: (root / case.image[0]).stat().st_size for case in layout.cases}
+        series = Series([], names_of(root, layout.cases, layout.label_names), [])
     else:
         choose(found, include, exclude)
+        found.problems += passed_over(root, found.volumes, found.others)
         if not found.volumes and not found.dicom and not found.problems:
             raise MedclError("no volumes found", source, _LOOKED_FOR)
         layout = layouts.detect(root, found.volumes, channel)
-        series, problems = _series(root, found.dicom, workers, progress)
-    cases = [*layout.cases, *series]
+        series = find_series(root, found.dicom, layout.label_names, workers, progress)
+    cases = [*layout.cases, *series.cases]
 
-    bare = Manifest(str(root), layout.name, "", (), label_names=layout.label_names)  # what a worker needs of it
+    bare = Manifest(str(root), layout.name, "", (), label_names=series.label_names)  # what a worker needs of it
     tasks = [(bare, case, channel, voxels) for case in cases]
     failed = [_Result(None, (_crashed(case),)) for case in cases]
     results = map_safely(_inspect, tasks, failed, workers, "Reading volumes" if progress else None)
@@ -90,86 +91,27 @@ def scan(
     twins += shared_labels(
         [(r.case, r.label_digest) for r in results if r.case is not None and r.case.id in {case.id for case in kept}]
     )
-    rule = layout.rule if layout.cases or not series else ""
-    if series:
+    rule = layout.rule if layout.cases or not series.cases else ""
+    if series.cases:
         series_rule = "DICOM: one case per series, the subject is the hashed patient number"
+        series_rule += ", labels are SEG objects" if any(case.is_labelled for case in series.cases) else ""
         rule = f"{rule}; {series_rule}" if rule else series_rule
     return Manifest(
         root=str(root),
-        layout=layout.name if layout.cases or not series else "dicom",
+        layout=layout.name if layout.cases or not series.cases else "dicom",
         rule=rule,
         cases=tuple(sorted(kept, key=lambda case: case.id)),
-        problems=(*found.problems, *layout.problems, *problems, *(p for r in results for p in r.problems), *twins),
-        label_names=layout.label_names,
+        problems=(
+            *found.problems, *layout.problems, *series.problems, *(p for r in results for p in r.problems), *twins
+        ),
+        label_names=series.label_names,
     )
 
 
-def _relative(root: Path, where: object) -> str:
-    """A path as the manifest writes it, without the folders above its root."""
-    try:
-        return Path(str(where)).relative_to(root).as_posix()
-    except ValueError:
-        return str(where)
-
-
-def _problem(root: Path, error: MedclError, path: str) -> Problem:
-    where = _relative(root, error.where) if error.where is not None else path
-    return Problem(path if where == "." else where, error.what, error.remedy or "Leave it out.")
 
 
 def _crashed(case: Case) -> Problem:
     return Problem(case.image[0], "reading it crashed the reader", "Copy or export it again, or leave it out.")
-
-
-def _series(root: Path, files: Sequence[str], workers: int | None, progress: bool) -> tuple[list[Case], list[Problem]]:
-    """The DICOM series among the files, grouped by SeriesInstanceUID wherever the files lie."""
-    failed: list[_Read] = [([], [Problem(file, "reading it crashed the reader", "Leave it out.")]) for file in files]
-    tasks = [(root, file) for file in files]
-    read = map_safely(_read_slices, tasks, failed, workers, "Reading DICOM headers" if progress else None)
-    problems = [problem for _, found in read for problem in found]
-    groups: dict[str, list[dicom.Slice]] = defaultdict(list)
-    for slices, _ in read:
-        for one in slices:
-            groups[one.series].append(one)
-
-    cases = []
-    for uid, slices in groups.items():
-        # A series of which some images are captures or localisers is judged by the rest.
-        usable = [one for one in slices if not one.reason]
-        aside = [one for one in slices if one.reason]
-        if aside:
-            first, more = aside[0], f" ({len(aside)} files)" if len(aside) > 1 else ""
-            problems.append(Problem(_relative(root, first.path), f"DICOM series {first.reason}{more}", "Set aside."))
-        if not usable:
-            continue
-        first = usable[0]
-        if len(usable) == 1:
-            what = "DICOM series of a single slice"
-            problems.append(Problem(_relative(root, first.path), what, "Export the whole series, or leave it out."))
-            continue
-        try:
-            geometry = arrange(usable)
-        except MedclError as error:
-            problems.append(_problem(root, error, _relative(root, first.path)))
-            continue
-        id = "_".join(filter(None, (first.subject, dicom.short_hash(uid, 8), first.description)))
-        ordered = dict.fromkeys(_relative(root, one.path) for stack in geometry.channels for one in stack)
-        cases.append(Case(id, first.subject, tuple(ordered), format="dicom", modality=first.modality))
-    return cases, problems
-
-
-def _read_slices(task: tuple[Path, str]) -> _Read:
-    root, file = task
-    path = root / file
-    named = path.suffix.lower() in (".dcm", ".ima", ".dicom")
-    try:
-        if path.stat().st_size and not dicom.has_magic(path):
-            raise MedclError("is not a DICOM file", path, "Copy or export it again, or leave it out.")
-        return (dicom.read_slices(path), []) if named or path.stat().st_size else ([], [])
-    except MedclError as error:  # a file without the suffix may be anything: a README, a licence
-        return [], [_problem(root, error, file)] if named or "cannot be read" in error.what else []
-    except OSError as error:
-        return [], [Problem(file, f"cannot be read ({error.strerror})", "Mend its permissions.")]
 
 
 @dataclass
@@ -186,6 +128,9 @@ def _inspect(task: tuple[Manifest, Case, int | None, bool]) -> _Result:
     """Reads one case and its label; whatever goes wrong becomes a problem."""
     bare, case, channel, voxels = task
     root = Path(bare.root)
+    if case.format != "dicom":
+        files = volume_files(root / case.image[0])
+        case = replace(case, image=tuple(relative(root, file) for file in files))
     paths = [root / name for name in case.image]
     try:
         header = read_header(paths)
@@ -204,12 +149,12 @@ def _inspect(task: tuple[Manifest, Case, int | None, bool]) -> _Result:
             case,
             channel=taken,
             shape=image.shape,
-            spacing=tuple(round(mm, 6) for mm in header.spacing),
+            spacing=tuple(rounded(mm, 6) for mm in header.spacing),
             orientation=header.orientation,
             affine=tuple(tuple(float(number) for number in row) for row in header.affine),
             dtype=header.dtype,
             intensity=intensity,
-            modality=_modality(header.modality, case.modality, intensity),
+            modality=_modality(header.modality, case, intensity),
             notes=notes,
         )
     except Exception as error:
@@ -229,7 +174,7 @@ def _inspect(task: tuple[Manifest, Case, int | None, bool]) -> _Result:
             case = replace(case, notes=(*case.notes, *found.notes) if case.masks else case.notes)
             return _Result(case, (), digest, _digest(found))
         else:
-            label = read_header([path])
+            label = read_header(bare.label_paths(case) or [path])
             pick_channel(label, None, path)
             checks.check_grid(label.blank(), image, path)
     except Exception as error:
@@ -241,7 +186,7 @@ def _inspect(task: tuple[Manifest, Case, int | None, bool]) -> _Result:
 
 def _problem_of(root: Path, error: Exception, path: str) -> Problem:
     if isinstance(error, MedclError):
-        return _problem(root, error, path)
+        return problem_of(root, error, path)
     reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     return Problem(path, f"cannot be read ({reason.rstrip('.')})", "Copy or export it again, or leave it out.")
 
@@ -258,10 +203,13 @@ def _digest(image: Volume) -> str:
     return digest.hexdigest()
 
 
-def _modality(header: str, layout: str, intensity: Sequence[float] | None) -> str:
-    """The file's own word, else the layout's, else CT where there is air at -1000 HU."""
+def _modality(header: str, case: Case, intensity: Sequence[float] | None) -> str:
+    """The file's own word, else the layout's, else CT where there is air at -1000 HU.
+
+    DICOM says its modality: what is neither MR, CT nor PET there is none of them, whatever its intensities.
+    """
     if header != "unknown":
         return header
-    if layout != "unknown":
-        return layout
+    if case.modality != "unknown" or case.format == "dicom":
+        return case.modality
     return "CT" if intensity is not None and intensity[0] <= -500 else "unknown"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medcl.dataset.case import Manifest, Problem
+from medcl.io.units import rounded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,7 +67,7 @@ def _spread(rows: Sequence[Sequence[float]]) -> dict[str, list[float]] | None:
         return None
     table = np.array(rows, float)
     return {
-        name: [round(float(number), 4) for number in function(table, axis=0)]
+        name: [rounded(float(number), 4) for number in function(table, axis=0)]
         for name, function in (("min", np.min), ("median", np.median), ("max", np.max))
     }
 

@@ -21,16 +21,18 @@ from typing import Any
 from medcl.dataset import naming
 from medcl.dataset.by_names import doubts, named_subjects
 from medcl.dataset.case import Case, Manifest, Problem
+from medcl.dataset.series import Series
 from medcl.dataset.structure import read_subjects
 from medcl.errors import MedclError
-from medcl.io.dicom import has_magic
+from medcl.io.detached import header_file
+from medcl.io.dicom import is_dicom, may_be_dicom
 from medcl.io.formats import format_of, volume_suffix
 from medcl.runtime.files import atomic_path
 
 COLUMNS = ("image", "label", "subject", "session", "site", "modality", "split")
 MODALITIES = {"": "unknown", "unknown": "unknown", "mr": "MR", "mri": "MR", "ct": "CT", "pet": "PET", "pt": "PET"}
 SPLITS = {"": None, "train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
-Series = Callable[[list[str]], tuple[list[Case], list[Problem]]]
+Read = Callable[[list[str]], Series]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Table:
     rule: str
 
 
-def read_table(path: Path, root: Path, series: Series) -> Table:
+def read_table(path: Path, root: Path, series: Read) -> Table:
     """Reads a table of cases.
 
     Args:
@@ -141,7 +143,7 @@ def _kept(case: Case, known: dict[str, Any]) -> dict[str, Any]:
 class _Places:
     """Finds what the cells of a table name."""
 
-    def __init__(self, table: Path, root: Path, series: Series):
+    def __init__(self, table: Path, root: Path, series: Read):
         self.table, self.root, self.series = table, root, series
         self.problems: list[Problem] = []
 
@@ -152,6 +154,7 @@ class _Places:
         for base in (self.table.parent, self.root):
             path = base / Path(cell).expanduser()
             if path.exists():
+                path = header_file(path)
                 return Path(os.path.relpath(path.resolve(), self.root)).as_posix()
         what = f"is named in line {number} of {self.table.name}, and is not there"
         self.problems.append(Problem(cell, what, f"Paths start at the folder of the table, or at {self.root}."))
@@ -176,15 +179,17 @@ class _Places:
         if path.is_file() and volume_suffix(path.name):
             return Case(naming.stem(name), naming.stem(name), (name,), format=format_of(path))
         folder = path if path.is_dir() else path.parent
-        files = [each for each in sorted(folder.iterdir()) if each.is_file() and has_magic(each)]
-        cases, problems = self.series([Path(os.path.relpath(each, self.root)).as_posix() for each in files])
+        named = [each for each in sorted(folder.iterdir()) if each.is_file() and may_be_dicom(each.name)]
+        files = [each for each in named if is_dicom(each)]
+        found = self.series([Path(os.path.relpath(each, self.root)).as_posix() for each in files])
+        cases = found.cases
         if path.is_file():
             cases = [case for case in cases if name in case.image]
         if len(cases) == 1:
             return cases[0]
         what = f"holds {len(cases)} DICOM series" if files else "is no volume that medcl reads"
         remedy = "Name a file of the series that is meant." if len(cases) > 1 else "See `medcl scan` of its folder."
-        self.problems += problems or [Problem(name, what, remedy)]
+        self.problems += found.problems or [Problem(name, what, remedy)]
         return None
 
 

@@ -27,9 +27,9 @@ def without_twins(root: Path, read: Iterable[Pair], sizes: Mapping[str, int]) ->
     """
     kept = list(read)
     keys: tuple[Callable[[Case], object], ...] = (
-        lambda case: sizes.get(case.image[0], case.id),
-        lambda case: _sample(root / case.image[0]),
-        lambda case: file_sha256(root / case.image[0]),
+        lambda case: [(root / name).stat().st_size for name in case.image] if case.image[0] in sizes else case.id,
+        lambda case: [_sample(root / name) for name in case.image],
+        lambda case: [file_sha256(root / name) for name in case.image],
     )
     groups = [kept]
     for key in keys:
@@ -72,7 +72,7 @@ def _split(group: list[Pair], key: Callable[[Case], object]) -> list[list[Pair]]
     """The parts of a group that agree in digest, or without one in key; those of a single case are left out."""
     parts: dict[object, list[Pair]] = defaultdict(list)
     for case, digest in group:
-        parts[digest or key(case)].append((case, digest))
+        parts[digest or str(key(case))].append((case, digest))
     return [part for part in parts.values() if len(part) > 1]
 
 

@@ -13,23 +13,47 @@ from medcl.errors import MedclError
 SUFFIXES = {
     ".nii": "nifti",
     ".nii.gz": "nifti",
+    ".nii.bz2": "nifti",
     ".nrrd": "nrrd",
     ".nhdr": "nrrd",
     ".mha": "meta",
     ".mhd": "meta",
+    ".hdr": "analyze",
+    ".hdr.gz": "analyze",
+    ".mgh": "mgh",
+    ".mgz": "mgh",
+    ".mnc": "minc",
+    ".par": "parrec",
+    ".head": "afni",
+    ".tif": "tiff",
+    ".tiff": "tiff",
 }
-_FORMAT_NAMES = {"nifti": "NIfTI", "nrrd": "NRRD", "meta": "MetaImage", "dicom": "DICOM"}
+_FORMAT_NAMES = {
+    "nifti": "NIfTI",
+    "nrrd": "NRRD",
+    "meta": "MetaImage",
+    "analyze": "Analyze or NIfTI pair",
+    "mgh": "FreeSurfer's MGH",
+    "minc": "MINC",
+    "parrec": "PAR/REC",
+    "afni": "AFNI",
+    "tiff": "TIFF",
+    "dicom": "DICOM",
+}
 COPY_AGAIN = "Copy or export it again from its source, or leave it out."
 
 
 def volume_suffix(name: str) -> str:
-    """The suffix that marks a volume file (`.nii.gz` counts as one), in lower case; empty where there is none."""
+    """The suffix that marks a volume file (`.nii.gz` counts as one), in lower case; empty where there is none.
+
+    Of a volume in two files, it is the suffix of the header: `.hdr`, not `.img`.
+    """
     lower = name.lower()
     return next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if lower.endswith(suffix)), "")
 
 
 def format_of(path: str | Path) -> str:
-    """`nifti`, `nrrd` or `meta` by suffix; anything else can only be DICOM."""
+    """A volume's format by suffix, such as `nifti` (`SUFFIXES`); anything else can only be DICOM."""
     return SUFFIXES.get(volume_suffix(Path(path).name), "dicom")
 
 

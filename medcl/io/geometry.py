@@ -6,6 +6,8 @@ convention), and arrays keep the file's own axis order.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +60,7 @@ class Header(Placed):
         affine: as in `Volume`.
         dtype: numpy's name of the stored voxel type.
         notes: as in `Volume`.
-        modality: `MR` or `CT` where the file says so, else `unknown`.
+        modality: `MR`, `CT` or `PET` where the file says so, else `unknown`.
     """
 
     shape: tuple[int, ...]
@@ -77,11 +79,17 @@ def spacing_of(affine: np.ndarray) -> tuple[float, ...]:
     return tuple(float(length) for length in np.linalg.norm(np.asarray(affine)[:3, :3], axis=0))
 
 
+def farthest(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> float:
+    """How far apart two matrices place a voxel of one grid, in mm: at the corner of `shape` that moves most."""
+    corners = np.array([[*corner, 1] for corner in itertools.product(*((0, size - 1) for size in shape))])
+    return float(np.linalg.norm(corners @ (np.asarray(first) - np.asarray(second)).T, axis=1).max())
+
+
 def orientation_of(affine: np.ndarray) -> str:
-    """nibabel's axis codes, such as `RAS`, of a matrix from voxel index to RAS+ mm."""
+    """nibabel's axis codes, such as `RAS`, of a matrix from voxel index to RAS+ mm; `?` for an axis that has none."""
     import nibabel as nib
 
-    return "".join(nib.aff2axcodes(affine))
+    return "".join(code or "?" for code in nib.aff2axcodes(affine))
 
 
 def to_canonical(volume: Volume) -> Volume:

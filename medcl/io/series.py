@@ -5,19 +5,20 @@ Distances between slices are always measured along the slice normal, in mm.
 
 from __future__ import annotations
 
-import warnings
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medcl.errors import MedclError
-from medcl.io.dicom import EXPORT_AGAIN, Slice, read_slices
+from medcl.io.dicom import EXPORT_AGAIN, Slice, read_dataset, read_slices
 from medcl.io.formats import one_line_errors
 from medcl.io.geometry import LPS_TO_RAS, Header
+from medcl.io.units import shown
 
 
 @dataclass
@@ -54,7 +55,9 @@ def arrange(slices: Sequence[Slice]) -> Geometry:
     if len(slices) < 2:
         raise MedclError("is a 2D image (a series with a single slice)", first.path, EXPORT_AGAIN)
     axes = np.array([one.axes for one in slices])
-    if len({one.size for one in slices}) > 1 or np.ptp([one.pitch for one in slices], axis=0).max() > 1e-3:
+    # Tolerances in mm are for what scanners round; they are tighter where voxels are finer than 0.1 mm.
+    pitches = np.array([one.pitch for one in slices])
+    if len({one.size for one in slices}) > 1 or np.ptp(pitches, axis=0).max() > min(1e-3, 0.01 * pitches.min()):
         raise MedclError("the slices differ in size or pixel spacing", folder, "Split the series by size.")
     if np.ptp(axes, axis=0).max() > 1e-2:
         raise MedclError("the slices point in different directions", folder, "Split the series by orientation.")
@@ -74,9 +77,11 @@ def arrange(slices: Sequence[Slice]) -> Geometry:
     direction = (positions[-1] - positions[0]) / (count - 1)
     heights = np.arange(count, dtype=float)
     step, start = np.polyfit(heights, along, 1)
-    if np.abs(along - start - step * heights).max() > max(0.1 * step, 0.06):  # positions are often rounded to 0.1 mm
+    rounding = 0.06 if step > 0.1 else 0.0  # positions are often rounded to 0.1 mm
+    if np.abs(along - start - step * heights).max() > max(0.1 * step, rounding):
         step = float(np.median(gaps))
-        notes.append(f"slice distances {gaps.min():.2f} to {gaps.max():.2f} mm: resampled to every {step:.2f} mm")
+        least, most, every = (shown(mm, 2) for mm in (gaps.min(), gaps.max(), step))
+        notes.append(f"slice distances {least} to {most} mm: resampled to every {every} mm")
         heights = along / step
         direction = (positions[-1] - positions[0]) / heights[-1]
 
@@ -106,8 +111,9 @@ def _by_position(slices: Sequence[Slice], normal: np.ndarray, folder: Path) -> l
     twice = [uid for uid, times in Counter((one.instance, one.frame) for one in slices).items() if times > 1 and uid[0]]
     ordered = sorted(slices, key=lambda one: (float(np.dot(one.position, normal)), one.number or 0, str(one.path)))
     groups: list[list[Slice]] = []
+    near = min(0.01, 0.1 * min(ordered[0].pitch))  # mm
     for one in ordered:
-        if groups and np.dot(np.subtract(one.position, groups[-1][0].position), normal) < 0.01:
+        if groups and np.dot(np.subtract(one.position, groups[-1][0].position), normal) < near:
             groups[-1].append(one)
         else:
             groups.append([one])
@@ -142,7 +148,7 @@ def _refuse_missing(stack: Sequence[Slice], heights: np.ndarray, folder: Path) -
         ratio = gap / max(local, default=gap)
         alone = ratio > 1.5 and abs(ratio - round(ratio)) < 0.1
         if numbered or alone:
-            ends = f"between {heights[index]:.1f} and {heights[index + 1]:.1f} mm"
+            ends = f"between {shown(heights[index], 1)} and {shown(heights[index + 1], 1)} mm"
             step = gap / (jumps[index] if numbered else round(ratio))
             what = f"slices missing {ends} (after {stack[index].path.name}); expected one every {step:.3g} mm"
             raise MedclError(what, folder, EXPORT_AGAIN)
@@ -154,11 +160,26 @@ def open_series(paths: Sequence[Path]) -> tuple[Header, Any]:
     Raises:
         MedclError: as `read_slices` and `arrange`.
     """
-    slices = [one for path in paths for one in read_slices(path)]
+    slices, note = without_copies([one for path in paths for one in read_slices(path)])
     if len({one.series for one in slices}) > 1:
         raise MedclError("the files belong to several DICOM series", Path(paths[0]).parent, "Read one at a time.")
     geometry = arrange(slices)
+    geometry.notes += (note,) if note else ()
     return header_of(geometry), lambda channel: _read(geometry, channel or 0)
+
+
+def without_copies(slices: Sequence[Slice]) -> tuple[list[Slice], str]:
+    """Each slice once, and the note to tell of files that are passed over.
+
+    A copy has the SOPInstanceUID of another slice and every other tag that counts as well, whatever its file's name.
+    """
+    kept: dict[object, Slice] = {}
+    for one in slices:
+        kept.setdefault(replace(one, path=Path()) if one.instance else one.path, one)
+    copies = {one.path for one in slices} - {one.path for one in kept.values()}
+    files = "file is a copy" if len(copies) == 1 else "files are copies"
+    note = f"{len(copies)} {files} of other slices (equal SOPInstanceUID) and passed over" if copies else ""
+    return list(kept.values()), note
 
 
 def header_of(geometry: Geometry) -> Header:
@@ -215,20 +236,14 @@ def _shift(plane: np.ndarray, offset: np.ndarray, size: tuple[int, ...], outside
 
 def _pixels(one: Slice) -> np.ndarray:
     """The frames `(frames, rows, columns)` of one file in HU or the modality's own units."""
-    import pydicom
-
     slope, intercept = one.slope, one.intercept
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        data = pydicom.dcmread(one.path)
+    data = read_dataset(one.path)
     try:
         pixels = data.pixel_array
     except Exception:  # pydicom raises a kind for every missing decoder; ITK brings decoders of its own
         if not data.file_meta.TransferSyntaxUID.is_compressed:
             raise
-        import SimpleITK as sitk
-
-        pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(one.path)))  # ITK has applied the rescale itself
+        pixels = _decoded_by_itk(one.path, data)  # which applies the rescale itself
         slope, intercept = 1.0, 0.0
     pixels = pixels.reshape(-1, *pixels.shape[-2:])
     if slope == int(slope) and intercept == int(intercept) and pixels.dtype.kind in "iu":
@@ -236,3 +251,13 @@ def _pixels(one: Slice) -> np.ndarray:
         fits = np.iinfo(np.int16).min <= whole.min() and whole.max() <= np.iinfo(np.int16).max
         return whole.astype(np.int16) if fits else whole
     return (pixels * slope + intercept).astype(np.float32)
+
+
+def _decoded_by_itk(path: Path, data: Any) -> np.ndarray:
+    import SimpleITK as sitk
+
+    if path.suffix.lower() != ".gz":
+        return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    with tempfile.TemporaryDirectory() as folder:  # ITK reads no packed file
+        data.save_as(Path(folder) / "one.dcm", enforce_file_format=True)
+        return sitk.GetArrayFromImage(sitk.ReadImage(str(Path(folder) / "one.dcm")))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from medcl.errors import MedclError
+from medcl.io.formats import volume_suffix
 from medcl.mil.bags import FEATURE_SUFFIXES, Bag
 from medcl.mil.slides import IMAGES, Slide, Tiling, side_of, tiles
 from medcl.runtime.files import file_sha256, sha256
@@ -47,8 +48,8 @@ def kind_of(bag: Bag) -> str:
         return "features"
     if path.is_dir():
         return "patches" if any(p.suffix.lower() in IMAGES for p in path.iterdir()) else "volume"
-    name = path.name.lower()
-    return "volume" if name.endswith((".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".dcm")) else "slide"
+    is_volume = volume_suffix(path.name) or path.name.lower().endswith((".dcm", ".dcm.gz"))
+    return "volume" if is_volume and path.suffix.lower() not in IMAGES else "slide"  # a TIFF of a bag is an image
 
 
 def content_of(bag: Bag) -> str:

@@ -20,6 +20,7 @@ from medcl.networks.backbones import Backbone
 from medcl.runtime.precision import choose_precision
 from medcl.runtime.run import log, setup_log
 from medcl.runtime.training import choose_accelerator
+from medcl.segmentation.inputs import input_row, read_inputs, write_inputs
 from medcl.segmentation.module import class_scores
 from medcl.store.plan import round_up
 from medcl.store.prepare import prepare_image
@@ -78,7 +79,7 @@ def predict(config: PredictConfig) -> Path:
     """Predicts every volume of the input; one that cannot be read is listed and the others go on.
 
     Returns:
-        The output folder, with `<case>.nii.gz` for every case.
+        The output folder, with `<case>.nii.gz` for every case, and `cases.csv`, which maps each to its input.
 
     Raises:
         MedclError: no volume could be predicted, or a setting cannot work.
@@ -93,15 +94,16 @@ def predict(config: PredictConfig) -> Path:
 
 
 def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, ...], out: Path) -> Path:
-    """Predicts `cases` into `out`, one file each, written whole or not at all."""
+    """Predicts `cases` into `out`, one file each, written whole or not at all; `cases.csv` lists their inputs."""
     problems: list[Problem] = []
+    known, rows = read_inputs(out), []
     inputs = {(Path(manifest.root) / name).resolve() for case in cases for name in (*case.image, *case.label_files)}
     if any((out / f"{case.id}.nii.gz").resolve() in inputs for case in cases):
         raise MedclError(
             "holds the scans themselves, which the label maps would overwrite", out, "Choose another folder."
         )
     trained = predictor.contract.plan.modality
-    others = [case.id for case in cases if {case.modality, trained} == {"CT", "MR"}]
+    others = [case.id for case in cases if len({case.modality, trained} - {"unknown"}) > 1]
     if others:
         log.warning("The network was trained on %s; %d inputs are not, such as %s.", trained, len(others), others[0])
     for case in bar(iter(cases), len(cases), "predict"):
@@ -122,6 +124,8 @@ def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, .
             )
             continue
         write_nifti(out / f"{case.id}.nii.gz", found, volume.affine, predictor.maker)
+        rows.append(input_row(manifest, case, f"{case.id}.nii.gz"))
+    write_inputs(out, rows, known)
     log_problems(manifest.with_cases(cases, tuple(problems)), before=len(manifest.problems))
     if len(problems) == len(cases):
         raise MedclError("no volume could be predicted", manifest.root, "See the problems above.")

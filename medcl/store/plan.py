@@ -15,6 +15,7 @@ import numpy as np
 from medcl.config.kinds import Count, Positive, kind_of, kinds_of, nearest
 from medcl.dataset.case import Case, Manifest
 from medcl.errors import MedclError
+from medcl.io.units import rounded
 from medcl.runtime.files import read_json, write_json
 
 PLAN_VERSION = 1
@@ -226,7 +227,7 @@ def derive_plan(
     axes = [canonical_axes(case) for case in manifest.cases]
     shapes, spacings = np.array([a[0] for a in axes]), np.array([a[1] for a in axes])
     target = np.asarray(spacing, float) if spacing else target_spacing(spacings)
-    mm = [round(float(s), 4) for s in target]
+    mm = [rounded(float(s), 4) for s in target]
     plan = Plan(
         modality=modality,
         spacing=(mm[0], mm[1], mm[2]),

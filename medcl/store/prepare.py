@@ -17,6 +17,7 @@ from medcl.dataset.checks import check_image, check_label
 from medcl.dataset.labels import read_label
 from medcl.dataset.roles import check_no_label
 from medcl.errors import MedclError
+from medcl.io.detached import volume_files
 from medcl.io.geometry import Volume, to_canonical
 from medcl.io.resample import resample_labels, resample_linear, resampled_affine
 from medcl.io.volumes import read_volume
@@ -223,6 +224,10 @@ class ContentKeys:
             self._changed = True
         return str(entry[1])
 
+    def of_volume(self, path: Path) -> str:
+        """`of` a volume's file, joined by `of` the files beside it that hold its voxels, where it has any."""
+        return "+".join(self.of(file) for file in volume_files(path))
+
     def save(self) -> None:
         """Writes the hashes to `hashes.json` in the store where any has changed."""
         if self._changed:
@@ -238,11 +243,11 @@ def case_key(manifest: Manifest, case: Case, plan: Plan, contents: ContentKeys) 
         "channel": case.channel,
         "case": [case.id, case.subject],
         "image": [contents.of(path) for path in manifest.image_paths(case)],
-        "label": None if label is None else contents.of(label),
+        "label": None if label is None else contents.of_volume(label),
     }
     if case.masks:
         values = {name: value for value, name in manifest.label_names.items()}
-        parts["masks"] = [[values[name], contents.of(Path(manifest.root) / file)] for name, file in case.masks]
+        parts["masks"] = [[values[name], contents.of_volume(Path(manifest.root) / file)] for name, file in case.masks]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -19,6 +19,7 @@ from medcl.io.volumes import read_header, read_volume
 ORIENTATIONS = [
     "".join(codes) for order in itertools.permutations(("RL", "AP", "SI")) for codes in itertools.product(*order)
 ]
+SINGLE = (".nii", ".nii.gz", ".nii.bz2", ".mgh", ".mgz", ".nrrd", ".mha")  # suffixes of volumes in one file
 
 
 def oblique(codes: str = "RAS", degrees: float = 12) -> np.ndarray:
@@ -166,30 +167,30 @@ def test_itk_4d_and_vector_images_give_the_same_channels(tmp_path, vector):
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd", "a.mha", "a.dcm"])
+@pytest.mark.parametrize("name", [f"a{suffix}" for suffix in (*SINGLE, ".mnc", ".tif", ".dcm")])
 def test_zero_byte_file(tmp_path, name):
     (tmp_path / name).touch()
     fails("empty \\(0 bytes\\)", tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd", "a.mha", "a.dcm"])
+@pytest.mark.parametrize("name", [f"a{suffix}" for suffix in (*SINGLE, ".mnc", ".tif", ".dcm")])
 def test_garbage_is_one_line(tmp_path, name):
     (tmp_path / name).write_bytes(random.Random(0).randbytes(5000))
     fails(name, tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd", "a.mha"])
+@pytest.mark.parametrize("name", [f"a{suffix}" for suffix in SINGLE])
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
 def test_truncated_file(tmp_path, name, part):
     array = rng_array((20, 20, 20))
-    if ".nii" in name:
-        write_nifti(tmp_path / name, array, np.eye(4))
+    if ".nii" in name or ".mg" in name:
+        nib.save((nib.Nifti1Image if ".nii" in name else nib.MGHImage)(array, np.eye(4)), tmp_path / name)
     else:
         sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / name))
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: int(len(whole) * part)])
     error = fails(name, tmp_path / name)
-    if ".nii" in name:
+    if ".nii" in name or ".mg" in name:
         assert "truncated" in error.what
 
 

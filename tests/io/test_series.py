@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 
 import numpy as np
@@ -117,12 +118,26 @@ def test_repeated_slice_is_refused_and_named(tmp_path):
     fails("003.dcm, 004.dcm lie at one place", *write_series(tmp_path, rng_array((4, 5, 6)), positions))
 
 
-def test_the_same_series_copied_twice_is_repeated(tmp_path):
-    paths = write_series(tmp_path, rng_array((4, 5, 4)), upright(4))
+def test_copies_of_slices_are_passed_over_and_told(tmp_path):
+    volume = rng_array((4, 5, 4))
+    paths = write_series(tmp_path, volume, upright(4))
     copies = [path.with_name(f"copy-{path.name}") for path in paths]
     for path, copy in zip(paths, copies, strict=True):
         copy.write_bytes(path.read_bytes())
-    fails("repeated", *paths, *copies)
+    read = read_volume([*copies[2:], *paths, copies[0]])
+    assert np.array_equal(read.array, volume.astype(int) - 1024)
+    assert read.notes == ("3 files are copies of other slices (equal SOPInstanceUID) and passed over",)
+
+
+def test_one_instance_uid_on_slices_that_differ_makes_no_copies(tmp_path):
+    def edit(data, index):
+        data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = "1.2.840.1"
+
+    volume = rng_array((4, 5, 4))
+    read = read_volume(write_series(tmp_path / "a", volume, upright(4), edit=edit))
+    assert np.array_equal(read.array, volume.astype(int) - 1024) and read.notes == ()
+    twice = [position for position in upright(4) for _ in range(2)]
+    fails("repeated", *write_series(tmp_path / "b", rng_array((4, 5, 8)), twice, edit=edit))
 
 
 def test_several_images_at_every_position_are_channels(tmp_path):
@@ -171,6 +186,10 @@ def test_jpeg_compressed_dicom(tmp_path, compressor):
     paths = write_series(tmp_path / "series", volume, upright(4), edit=edit)
     assert pydicom.dcmread(paths[0]).file_meta.TransferSyntaxUID.is_compressed
     assert np.array_equal(read_volume(paths).array, volume.astype(int) - 1024)
+    packed = [path.with_suffix(".dcm.gz") for path in paths]
+    for path, other in zip(paths, packed, strict=True):
+        other.write_bytes(gzip.compress(path.read_bytes()))
+    assert np.array_equal(read_volume(packed).array, volume.astype(int) - 1024)
 
 
 def test_truncated_dicom(tmp_path):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
+import re
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from dicom_series import upright, write_series
 
 import medcl
 import medcl.store.stage
@@ -17,6 +20,7 @@ from medcl.errors import MedclError
 from medcl.io.geometry import to_canonical
 from medcl.segmentation.module import class_scores
 from medcl.segmentation.predict import Predictor, predict_cases
+from medcl.store.stage import load_source
 
 
 class ThresholdPredictor(Predictor):
@@ -51,8 +55,6 @@ def test_a_prediction_lies_on_the_inputs_own_grid(runs, tmp_path, codes, oblique
         turn = np.array([[np.cos(a), -np.sin(a), 0, 5], [np.sin(a), np.cos(a), 0, -8], [0, 0, 1, 3], [0, 0, 0, 1]])
         affine = turn @ affine
     nib.save(nib.Nifti1Image(image, affine), tmp_path / "in.nii.gz")
-    from medcl.store.stage import load_source
-
     manifest = load_source(str(tmp_path))
     out = predict_cases(ThresholdPredictor(runs / "fine"), manifest, manifest.cases, tmp_path / "out")
     found = nib.load(out / f"{manifest.cases[0].id}.nii.gz")
@@ -107,7 +109,56 @@ def test_an_encoder_alone_cannot_predict(runs, phantoms, tmp_path):
 def test_one_volume_in_one_label_map_out(runs, phantoms, tmp_path):
     path = sorted((phantoms / "imagesTr").glob("*.nii.gz"))[0]
     out = medcl.predict(PredictConfig(str(runs / "fine"), str(path), str(tmp_path / "one")))
-    assert [f.name for f in out.iterdir()] == [path.name]
+    assert sorted(f.name for f in out.iterdir()) == ["cases.csv", path.name]
+    assert inputs(out) == [[path.name, str(path), ""]]
+
+
+def inputs(out):
+    header, *rows = csv.reader((out / "cases.csv").open())
+    assert header == ["prediction", "input", "series"]
+    return rows
+
+
+def bright_block(seed=0):
+    volume = np.random.default_rng(seed).normal(100, 3, (24, 20, 12)).astype(np.int16)
+    volume[6:14, 4:12, 3:9] += 400
+    return volume
+
+
+def test_hashed_names_of_dicom_are_mapped_to_their_series_without_a_patients_name(runs, tmp_path):
+    for name in ("x", "y"):
+        write_series(tmp_path / "scans" / name, bright_block(), upright(12), uid="1.2.5" if name == "x" else "1.2.6",
+                     edit=None if name == "x" else another_patient)  # fmt: skip
+    nib.save(nib.Nifti1Image(bright_block(1), np.eye(4)), tmp_path / "scans" / "z.nii.gz")
+    manifest = load_source(str(tmp_path / "scans"))
+    out = predict_cases(ThresholdPredictor(runs / "fine"), manifest, manifest.cases, tmp_path / "out")
+    scans = tmp_path.resolve() / "scans"
+    assert sorted(row[1:] for row in inputs(out)) == [
+        [str(scans / "x"), "1.2.5"], [str(scans / "y"), "1.2.6"], [str(scans / "z.nii.gz"), ""],
+    ]  # fmt: skip
+    assert {row[0] for row in inputs(out)} == {path.name for path in out.glob("*.nii.gz")}
+    assert not re.search("doe|jane|4711|4712", (out / "cases.csv").read_text().lower())
+
+
+def another_patient(data, index):
+    data.PatientID = "MRN-4712"
+
+
+def test_a_second_prediction_adds_its_inputs_and_another_table_is_kept(runs, tmp_path):
+    for name in ("a", "b"):
+        nib.save(nib.Nifti1Image(bright_block(ord(name)), np.eye(4)), tmp_path / f"{name}.nii.gz")
+    predictor, out = ThresholdPredictor(runs / "fine"), tmp_path / "out"
+    for name in ("a", "b", "b"):
+        manifest = load_source(str(tmp_path / f"{name}.nii.gz"))
+        predict_cases(predictor, manifest, manifest.cases, out)
+    assert [row[0] for row in inputs(out)] == ["a.nii.gz", "b.nii.gz"]
+    (out / "a.nii.gz").unlink()
+    predict_cases(predictor, manifest, manifest.cases, out)
+    assert [row[0] for row in inputs(out)] == ["b.nii.gz"]
+    (out / "cases.csv").write_text("subject,age\nb,40\n")
+    with pytest.raises(MedclError, match="would be overwritten"):
+        predict_cases(predictor, manifest, manifest.cases, out)
+    assert (out / "cases.csv").read_text() == "subject,age\nb,40\n"
 
 
 def test_scans_are_never_overwritten_by_predictions(runs, phantoms):
