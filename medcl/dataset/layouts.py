@@ -15,6 +15,7 @@ from typing import Any
 
 from medcl.dataset import naming
 from medcl.dataset.case import Case, Problem
+from medcl.dataset.labels import label_names
 from medcl.errors import MedclError
 from medcl.io.formats import format_of
 from medcl.runtime.files import read_json
@@ -142,7 +143,8 @@ def _msd(root: Path, files: list[str], channel: int | None) -> Layout | None:
         f"{kind} layout (dataset.json): labels are the files of the same name in labelsTr, and every image is its own "
         "subject (save for frame, session, side and modality endings), because the layout names no people"
     )
-    return Layout("msd", rule, tuple(cases), _label_names(data.get("labels")), tuple(problems))
+    names = label_names(data.get("labels"), root / base / "dataset.json")
+    return Layout("msd", rule, tuple(cases), names, tuple(problems))
 
 
 def _listed(data: dict[str, Any], base: str) -> dict[str, str | None]:
@@ -164,17 +166,6 @@ def _list(value: Any) -> list[Any]:
 def _modality(channels: Any) -> str:
     text = " ".join(map(str, channels.values() if isinstance(channels, dict) else _list(channels))).lower()
     return "CT" if re.search(r"\bct\b", text) else "MR" if re.search(r"mr|t1|t2|flair|adc|dwi", text) else "unknown"
-
-
-def _label_names(labels: Any) -> dict[int, str]:
-    """`{"0": "background"}` as the Decathlon writes it, or `{"background": 0}` as nnU-Net does."""
-    names: dict[int, str] = {}
-    for key, value in labels.items() if isinstance(labels, dict) else ():
-        if str(key).isdigit() and isinstance(value, str):
-            names[int(key)] = value
-        elif isinstance(value, int):
-            names[value] = str(key)
-    return dict(sorted(names.items()))
 
 
 _ACDC = re.compile(r"^(?:(.*)/)?(patient\d{3})/\2_(frame\d+)(_gt)?\.nii(\.gz)?$")

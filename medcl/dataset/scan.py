@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from medcl.dataset import checks, layouts
+from medcl.dataset.body import labelled_outside
 from medcl.dataset.case import Case, Manifest, Problem
+from medcl.dataset.labels import read_label, read_label_header
 from medcl.dataset.summary import print_summary, summary_dict
 from medcl.dataset.twins import without_twins
 from medcl.errors import MedclError
@@ -61,7 +63,7 @@ def scan(
     series, problems = _series(root, found.dicom, workers, progress)
     cases = [*layout.cases, *series]
 
-    tasks = [(root, case, channel, voxels) for case in cases]
+    tasks = [(root, case, channel, voxels, layout.label_names) for case in cases]
     failed = [_Result(None, (_crashed(case),)) for case in cases]
     results = map_safely(_inspect, tasks, failed, workers, "Reading volumes" if progress else None)
     read = [(result.case, result.digest) for result in results if result.case is not None]
@@ -225,9 +227,9 @@ class _Result:
     digest: str = ""
 
 
-def _inspect(task: tuple[Path, Case, int | None, bool]) -> _Result:
+def _inspect(task: tuple[Path, Case, int | None, bool, dict[int, str]]) -> _Result:
     """Reads one case and its label; whatever goes wrong becomes a problem."""
-    root, case, channel, voxels = task
+    root, case, channel, voxels, names = task
     paths = [root / name for name in case.image]
     try:
         header = read_header(paths)
@@ -260,16 +262,16 @@ def _inspect(task: tuple[Path, Case, int | None, bool]) -> _Result:
     try:
         path = root / case.label
         if voxels:
-            found = read_volume([path])
-            checks.check_label(found, image, path)
+            found = checks.check_label(read_label(path), image, path, names)
             if not found.array.any():
                 what = "the label map holds background only"
                 empty = Problem(case.label, what, "Check that it is meant so; it counts as labelled.", aside=False)
                 return _Result(case, (empty,), digest)
+            if outside := labelled_outside(image.array, found.array, case.modality == "CT"):
+                cut = checks.labelled_outside(outside, int(np.count_nonzero(found.array)))
+                return _Result(case, (Problem(case.label, *cut, aside=False),), digest)
         else:
-            label = read_header([path])
-            pick_channel(label, None, path)
-            checks.check_grid(_blank(label), image, path)
+            checks.on_grid_of(_blank(read_label_header(path)), image, path)
     except Exception as error:
         problem = _problem_of(root, error, case.label)
         lost = replace(problem, what=f"{problem.what}; its image {case.image[0]} is kept as unlabelled")

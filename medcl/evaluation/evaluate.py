@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from medcl.dataset.case import Case, Manifest
-from medcl.dataset.checks import check_grid, check_label_values
+from medcl.dataset.checks import check_label_values, on_grid_of, values_of, whole_labels
+from medcl.dataset.labels import read_label
 from medcl.errors import MedclError
 from medcl.evaluation import statistics
 from medcl.evaluation.absence import COUNTS, INSTEAD, absences, check_absent, how_absent, other_rule, with_absence_rule
 from medcl.evaluation.metrics import MEASURES, OUTCOMES, segmentation_scores
 from medcl.evaluation.statistics import Interval, bootstrap_mean, counted
 from medcl.io.formats import volume_suffix
-from medcl.io.geometry import Volume, to_canonical
-from medcl.io.volumes import read_volume
+from medcl.io.geometry import Volume
 from medcl.leakage.audit import checked, notes_on
 from medcl.runtime.files import read_json, write_json, write_text
 from medcl.runtime.run import log
@@ -272,7 +271,7 @@ def _score_case(
     assert label is not None
     predicted, reference = _read_labels(prediction), _read_labels(label)
     try:
-        check_grid(predicted, reference, prediction)
+        predicted = on_grid_of(predicted, reference, prediction)
     except MedclError as error:
         raise MedclError(
             f"is not on the grid of its reference: {error.what.replace('its image', 'the reference')}".replace(
@@ -281,23 +280,17 @@ def _score_case(
             prediction,
             "Predict on the image that the reference was drawn on, with `medcl predict`.",
         ) from None
-    values = _values(reference.array)
-    classes = {value: named.get(value, f"class {value}") for value in {*named, *values, *_values(predicted.array)}}
+    values = values_of(reference.array)
+    classes = {value: named.get(value, f"class {value}") for value in {*named, *values, *values_of(predicted.array)}}
     scores = segmentation_scores(predicted.array, reference.array, classes, reference.spacing, tolerance_mm)
     return [{"case": case.id, "subject": case.subject, **score} for score in scores], values
 
 
 def _read_labels(path: Path) -> Volume:
-    """A label map as integers. Canonical, so that a prediction stored with other axes still lines up."""
-    volume = to_canonical(read_volume([path]))
+    """A label map as integers."""
+    volume = read_label(path)
     check_label_values(volume.array, path)
-    if volume.array.dtype.kind == "f":
-        volume.array = np.rint(volume.array).astype(np.int32)
-    return volume
-
-
-def _values(labels: NDArray[Any]) -> set[int]:
-    return {int(value) for value in np.unique(labels) if value != 0}
+    return Volume(whole_labels(volume.array), volume.affine)
 
 
 def _complete(rows: Sequence[Row], cases: Sequence[Case], classes: Mapping[int, str]) -> list[Row]:

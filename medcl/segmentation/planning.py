@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from medcl.checkpoint import Contract
 from medcl.config import FinetuneConfig
 from medcl.dataset.case import Manifest
+from medcl.dataset.checks import check_label_values, values_of
+from medcl.dataset.labels import read_label
 from medcl.errors import MedclError
-from medcl.io.volumes import read_volume
 from medcl.store.plan import Plan, derive_plan, round_up
 from medcl.store.stage import measured, plan_for
 
@@ -55,10 +54,12 @@ def label_values(manifest: Manifest, plan: Plan) -> tuple[int, ...]:
         path = manifest.label_path(case)
         assert path is not None
         try:
-            found |= {int(value) for value in np.unique(read_volume([path]).array)}
+            array = read_label(path).array
+            check_label_values(array, path)
+            found |= values_of(array)
         except MedclError:
             continue  # reported when the case is prepared
-    values = tuple(sorted(v for v in found if 0 < v < 256))
+    values = tuple(sorted(found))
     if not values:
         raise MedclError(
             "the label maps hold no foreground", manifest.root, "Check which files are labels: `medcl scan`."

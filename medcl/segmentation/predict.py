@@ -10,7 +10,7 @@ import torch
 from medcl.checkpoint import Contract, rebuild, weights_hash
 from medcl.config import PredictConfig
 from medcl.dataset.case import Case, Manifest, Problem
-from medcl.dataset.checks import check_image
+from medcl.dataset.checks import check_image, whole_labels
 from medcl.dataset.splits import Split, cases_of
 from medcl.errors import MedclError
 from medcl.io.geometry import Volume, from_canonical, to_canonical
@@ -60,11 +60,11 @@ class Predictor:
         self.backbone.eval().to("cuda" if self.accelerator == "gpu" else "cpu")
         self.overlap, self.mirror = overlap, mirror
         self.patch = round_up(self.contract.plan.patch_size, self.backbone.multiple)
-        self._values = np.array([0, *self.contract.label_values], dtype=np.uint8)
+        self._values = whole_labels(np.array([0, *self.contract.label_values]))
 
     @torch.inference_mode()
     def __call__(self, volume: Volume) -> np.ndarray:
-        """Label map, uint8, on the grid of `volume`: same axes, same shape."""
+        """Label map, uint8 or uint16, on the grid of `volume`: same axes, same shape."""
         canonical = to_canonical(volume)
         prepared = prepare_image(canonical, self.contract.plan)
         scores = class_scores(

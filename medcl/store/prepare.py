@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from medcl.dataset.body import SATURATED, Body, body_of, box_of, foreground_box, outside_box, slices_of, widened
 from medcl.dataset.case import Case, Manifest, Problem
-from medcl.dataset.checks import check_image, check_label
+from medcl.dataset.checks import check_image, check_label, labelled_outside, whole_labels
+from medcl.dataset.labels import read_label
 from medcl.errors import MedclError
 from medcl.io.geometry import Volume, to_canonical
 from medcl.io.resample import resample_labels, resample_linear, resampled_affine
@@ -27,9 +29,7 @@ from medcl.store.signature import save_signature, sign, signature_path, voxel_ha
 from medcl.store.volumes import store_folder, write_volume
 
 PREPARE_VERSION = 1  # raise it when the code below changes what a prepared volume looks like
-FOREGROUND_SHARE = 0.05  # of the range between the low and the high percentile
-AIR = -500.0  # HU
-MARGIN = 2  # voxels kept around the foreground box
+LUNG = -900.0  # HU; a CT's voxels above it within the body's box are tissue
 POINTS_PER_LABEL = 500
 
 
@@ -42,6 +42,7 @@ class PreparedImage:
         affine: of `image`, voxel to RAS+ mm.
         canonical_shape: voxels of the whole volume in RAS orientation before cropping.
         crop_start, crop_shape: the foreground box in that volume.
+        told: what a user should know of it, and what can be done.
     """
 
     image: np.ndarray
@@ -49,29 +50,35 @@ class PreparedImage:
     canonical_shape: tuple[int, ...]
     crop_start: tuple[int, ...]
     crop_shape: tuple[int, ...]
+    told: tuple[tuple[str, str], ...] = ()
 
     def restore(self, scores: np.ndarray) -> np.ndarray:
-        """Class scores (K, x, y, z) on the grid of `image` to a uint8 label map on the canonical grid."""
+        """Class scores (K, x, y, z) on the grid of `image` to a map of class numbers on the canonical grid.
+
+        It is uint8, or uint16 where there are more than 256 classes.
+        """
         best = resample_linear(scores[0], self.crop_shape)
-        inside = np.zeros(self.crop_shape, dtype=np.uint8)
+        inside = np.zeros(self.crop_shape, dtype=np.uint8 if len(scores) <= 256 else np.uint16)
         for value in range(1, len(scores)):  # a class at a time: the fine grid may be large
             score = resample_linear(scores[value], self.crop_shape)
             wins = score > best
             inside[wins] = value
             best = np.maximum(best, score)
-        whole = np.zeros(self.canonical_shape, dtype=np.uint8)
+        whole = np.zeros(self.canonical_shape, dtype=inside.dtype)
         whole[self._box()] = inside
         return whole
 
     def prepare_label(self, canonical: np.ndarray) -> np.ndarray:
-        """A label map on the canonical grid to the grid of `image`, uint8."""
-        return resample_labels(canonical[self._box()].astype(np.uint8), self.image.shape)
+        """A label map on the canonical grid to the grid of `image`: uint8, or uint16 where a value needs it."""
+        return resample_labels(whole_labels(canonical[self._box()]), self.image.shape)
 
     def _box(self) -> tuple[slice, ...]:
         return tuple(slice(s, s + n) for s, n in zip(self.crop_start, self.crop_shape, strict=True))
 
 
-def prepare_image(canonical: Volume, plan: Plan, clip: bool = True) -> PreparedImage:
+def prepare_image(
+    canonical: Volume, plan: Plan, clip: bool = True, label: np.ndarray | None = None
+) -> PreparedImage:  # fmt: skip
     """Crops, resamples and normalises a volume that is in RAS orientation.
 
     Args:
@@ -79,16 +86,27 @@ def prepare_image(canonical: Volume, plan: Plan, clip: bool = True) -> PreparedI
         plan: spacing, normalisation and window.
         clip: limit intensities to the plan's range. Without, the scale is the same and what is outside stays: a bright
             spot of less than half a percent of the volume shows only then.
+        label: label map on the same grid, of a volume to train on: what it labels stays in the crop. Without it, as in
+            prediction, the image alone decides.
     """
     array = np.asarray(canonical.array, dtype=np.float32)
     if plan.n4 and plan.normalise != "ct":
         array = correct_bias(array, canonical.spacing)
-    low, high = np.percentile(array, (0.5, 99.5)) if plan.normalise == "robust" else plan.window
-    if high <= low:  # nearly constant: a few voxels carry all the contrast
-        low, high = float(array.min()), float(array.max())
-    threshold = AIR if plan.normalise == "ct" else low + FOREGROUND_SHARE * (high - low)
-    start, stop = foreground_box(array > threshold)
-    cropped = array[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
+    body = body_of(array, plan.window if plan.normalise == "ct" else None)
+    low, high = body.low, body.high
+    mask = array > body.threshold
+    box = foreground_box(mask)
+    seen = slices_of(box)
+    tissue = array[seen] > LUNG if plan.normalise == "ct" else mask[seen]
+    told = _saturation(body, array[seen], tissue, plan, "the body")
+    if label is not None:
+        told += _saturation(body, array, label > 0, plan, "what is labelled")
+    if label is not None and (outside := outside_box(label > 0, box)):
+        told.append(labelled_outside(outside, int(np.count_nonzero(label))))
+        labelled = box_of(label > 0)
+        assert labelled is not None
+        box = widened(box, labelled, array.shape)
+    cropped = array[slices_of(box)]
     extent = np.asarray(cropped.shape) * canonical.spacing
     shape = np.maximum(np.round(extent / plan.spacing), 1).astype(int).tolist()
     image = np.clip(resample_linear(np.clip(cropped, low, high), shape), low, high)
@@ -96,30 +114,32 @@ def prepare_image(canonical: Volume, plan: Plan, clip: bool = True) -> PreparedI
     if plan.normalise == "ct":
         image = 2 * (shown - low) / (high - low) - 1
     else:
-        body = image[image > threshold]
-        body = body if body.size and body.std() > 0 else image
-        image = (shown - body.mean()) / max(float(body.std()), 1e-6 * float(high - low))
+        scale = image[image > body.tissue]
+        scale = scale if scale.size and scale.std() > 0 else image
+        image = (shown - scale.mean()) / max(float(scale.std()), 1e-6 * float(high - low))
     affine = np.array(canonical.affine, dtype=float)
-    affine[:3, 3] += affine[:3, :3] @ np.asarray(start, float)
+    affine[:3, 3] += affine[:3, :3] @ np.asarray(box[0], float)
     return PreparedImage(
         image.astype(np.float32),
         resampled_affine(affine, cropped.shape, shape),
         tuple(array.shape),
-        tuple(int(s) for s in start),
+        tuple(int(s) for s in box[0]),
         tuple(cropped.shape),
+        tuple(told),
     )
 
 
-def foreground_box(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First and past-last voxel of the planes along each axis with more than 1% foreground, and a margin."""
-    start, stop = np.zeros(3, dtype=int), np.asarray(mask.shape)
-    for axis in range(3):
-        planes = mask.mean(axis=tuple(i for i in range(3) if i != axis)) > 0.01
-        if planes.any():
-            found = np.flatnonzero(planes)
-            start[axis] = max(found[0] - MARGIN, 0)
-            stop[axis] = min(found[-1] + 1 + MARGIN, mask.shape[axis])
-    return start, stop
+def _saturation(body: Body, array: np.ndarray, mask: np.ndarray, plan: Plan, whose: str) -> list[tuple[str, str]]:
+    """Says where more than a few percent of the voxels of `mask` lie outside the range of intensities."""
+    share = body.saturated(array, mask)
+    if share <= SATURATED:
+        return []
+    if plan.normalise == "ct":
+        what = f"the plan's window of {body.low:g} to {body.high:g} HU"
+        return [(f"{share:.0%} of {whose} lies outside {what}",
+                 "Where contrast is needed there, edit `window` in the plan and pass it with --plan.")]  # fmt: skip
+    what = f"the volume's range of {body.low:.5g} to {body.high:.5g}"
+    return [(f"{share:.0%} of {whose} lies outside {what}", "Look at it: prepared, those voxels are all equal.")]
 
 
 def correct_bias(array: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
@@ -152,10 +172,8 @@ def load_case(manifest: Manifest, case: Case) -> tuple[Volume, np.ndarray | None
     label_path = manifest.label_path(case)
     if label_path is None:
         return to_canonical(image), None
-    label = read_volume([label_path])
-    check_label(label, image, where=case.label)
-    canonical = to_canonical(label)
-    return to_canonical(image), np.rint(np.asarray(canonical.array)).astype(np.uint8)
+    label = check_label(read_label(label_path), image, case.label, manifest.label_names)
+    return to_canonical(image), np.asarray(to_canonical(label).array)
 
 
 def prepare_case(manifest: Manifest, case: Case, plan: Plan, path: Path, signature: Path | None = None) -> None:
@@ -163,7 +181,7 @@ def prepare_case(manifest: Manifest, case: Case, plan: Plan, path: Path, signatu
     image, label = load_case(manifest, case)
     if signature is not None and not signature.exists():
         save_signature(signature, sign(image.array))
-    prepared = prepare_image(image, plan)
+    prepared = prepare_image(image, plan, label=label)
     target = None if label is None else prepared.prepare_label(label)
     voxels = np.ascontiguousarray(image.array, dtype=np.float32)
     meta = {
@@ -175,6 +193,7 @@ def prepare_case(manifest: Manifest, case: Case, plan: Plan, path: Path, signatu
         "voxel_hash": voxel_hash(voxels),
         "foreground": {} if target is None else _foreground_points(target),
         "notes": list(image.notes),
+        **({"told": [list(each) for each in prepared.told]} if prepared.told else {}),
     }
     write_volume(path, prepared.image, target, meta)
 

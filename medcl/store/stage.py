@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from medcl.config import PrepareConfig, ScanConfig
-from medcl.dataset.case import Case, Manifest
+from medcl.dataset.body import AIR
+from medcl.dataset.case import Case, Manifest, Problem
 from medcl.dataset.scan import scan as scan_folder
 from medcl.dataset.summary import grouped
 from medcl.errors import MedclError
 from medcl.io.volumes import read_volume
 from medcl.runtime.run import log
 from medcl.store.plan import Plan, derive_plan, sized
-from medcl.store.prepare import AIR, Stored
+from medcl.store.prepare import Stored
 from medcl.store.prepare import prepare as prepare_volumes
 from medcl.store.volumes import read_meta, store_folder
 
@@ -151,9 +152,20 @@ def prepare_all(
     stored, left = prepare_volumes(
         chosen, plan, store=store, workers=workers, title="prepare" if sys.stderr.isatty() else None, dask=dask
     )
+    left = left.with_cases(left.cases, told(stored, left))
     log_problems(left, before=len(manifest.problems))
     log_twins(stored)
     return stored, left
+
+
+def told(stored: list[Stored], manifest: Manifest) -> tuple[Problem, ...]:
+    """Warnings that preparation has left beside the volumes, as far as the manifest does not hold them."""
+    found = [
+        Problem(item.case.image[0], *each, aside=False)
+        for item in stored
+        for each in read_meta(item.path).get("told", ())
+    ]
+    return tuple(problem for problem in found if problem not in manifest.problems)
 
 
 def log_twins(stored: list[Stored]) -> None:
