@@ -29,7 +29,7 @@ class Case:
         affine: rows of the 4x4 matrix from voxel index to RAS+ world coordinates in mm.
         dtype: the stored voxel type.
         intensity: minimum, median and maximum, where voxels were read.
-        modality: `MR`, `CT` or `unknown`.
+        modality: `MR`, `CT`, `PET` or `unknown`.
         split: `train` or `test` where the data set's layout says so.
         notes: what was done to read it that a user should know (gantry tilt resampled, ...).
     """

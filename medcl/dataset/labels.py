@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from medcl.dataset.case import Problem
 from medcl.errors import MedclError
 from medcl.io.geometry import Header, Volume
 from medcl.io.volumes import read_header, read_volume
@@ -31,27 +32,27 @@ def read_label(path: str | Path) -> Volume:
     return read_volume([path])
 
 
-def label_names(labels: Any, where: object) -> dict[int, str]:
-    """The names in the `labels` of a dataset.json: `{"1": "liver"}` as the Decathlon writes it, or `{"liver": 1}`.
-
-    Raises:
-        MedclError: nnU-Net's regions (several values under one name), or its ignored label: neither is supported.
-    """
+def label_names(labels: Any) -> dict[int, str]:
+    """The names in the `labels` of a dataset.json: `{"1": "liver"}` as the Decathlon writes it, or `{"liver": 1}`."""
     names: dict[int, str] = {}
     for key, value in labels.items() if isinstance(labels, dict) else ():
-        name = value if str(key).isdigit() and isinstance(value, str) else key
-        if isinstance(value, (list, tuple)):
-            raise MedclError(
-                f"label {key!r} is a region of several values, {list(value)}, as of nnU-Net: not supported", where,
-                "Name every value by itself, such as \"edema\": 2; regions can be joined after prediction.",
-            )  # fmt: skip
-        if str(name).lower() == "ignore":
-            raise MedclError(
-                f"label {key!r}: {value!r} is nnU-Net's ignored label: not supported", where,
-                "Leave out the cases that hold it, or write 0 there, and remove the entry.",
-            )  # fmt: skip
         if str(key).isdigit() and isinstance(value, str):
             names[int(key)] = value
         elif isinstance(value, int) or str(value).isdigit():
             names[int(value)] = str(key)
     return dict(sorted(names.items()))
+
+
+def unsupported_labels(labels: Any, file: str) -> Problem | None:
+    """What in the `labels` of a dataset.json medcl cannot train on: nnU-Net's regions and its ignored label."""
+    for key, value in labels.items() if isinstance(labels, dict) else ():
+        remedy = "Write 0 where it stands in the label maps, or leave those cases out, and remove the entry."
+        if isinstance(value, (list, tuple)):
+            what = f"label {key!r} is a region of several values, {list(value)}, as of nnU-Net"
+            remedy = 'Name every value by itself, such as "edema": 2; regions can be joined after prediction.'
+        elif "ignore" in (str(key).lower(), str(value).lower()):
+            what = f"label {key!r}: {value!r} is nnU-Net's ignored label"
+        else:
+            continue
+        return Problem(file, f"{what}, which is not supported: all label maps are left out", remedy)
+    return None

@@ -15,7 +15,7 @@ from typing import Any
 
 from medcl.dataset import naming
 from medcl.dataset.case import Case, Problem
-from medcl.dataset.labels import label_names
+from medcl.dataset.labels import label_names, unsupported_labels
 from medcl.errors import MedclError
 from medcl.io.formats import format_of
 from medcl.runtime.files import read_json
@@ -31,6 +31,7 @@ class Layout:
         cases: images with subject and label; headers are not read yet. Sorted by id, ids unique.
         label_names: name of every label value that the data set names.
         problems: missing images and labels, and label maps that belong to no image.
+        refused_labels: why no label map of the data set can be used, or None.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Layout:
     cases: tuple[Case, ...]
     label_names: dict[int, str] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    refused_labels: Problem | None = None
 
 
 def detect(root: str | Path, files: Iterable[str], channel: int | None = None) -> Layout:
@@ -143,8 +145,8 @@ def _msd(root: Path, files: list[str], channel: int | None) -> Layout | None:
         f"{kind} layout (dataset.json): labels are the files of the same name in labelsTr, and every image is its own "
         "subject (save for frame, session, side and modality endings), because the layout names no people"
     )
-    names = label_names(data.get("labels"), root / base / "dataset.json")
-    return Layout("msd", rule, tuple(cases), names, tuple(problems))
+    refused = unsupported_labels(data.get("labels"), f"{base}dataset.json")
+    return Layout("msd", rule, tuple(cases), label_names(data.get("labels")), tuple(problems), refused)
 
 
 def _listed(data: dict[str, Any], base: str) -> dict[str, str | None]:
@@ -235,8 +237,9 @@ def _bids(root: Path, files: list[str], channel: int | None) -> Layout | None:
         else:
             label_of[fits[0][0]] = name
 
+    kinds = {"ct": "CT", "pet": "PET"}
     cases = [
-        _case(name, f"sub-{entities['sub']}", label=label_of.get(name), modality="CT" if kind == "ct" else "MR")
+        _case(name, f"sub-{entities['sub']}", label=label_of.get(name), modality=kinds.get(kind, "MR"))
         for name, entities, kind in images
     ]
     skipped = len(files) - len(parsed)

@@ -15,6 +15,7 @@ from medcl.dataset import checks, layouts
 from medcl.dataset.body import labelled_outside
 from medcl.dataset.case import Case, Manifest, Problem
 from medcl.dataset.labels import read_label, read_label_header
+from medcl.dataset.modality import Evidence, evidence_of, settled
 from medcl.dataset.summary import print_summary, summary_dict
 from medcl.dataset.twins import without_twins
 from medcl.errors import MedclError
@@ -49,7 +50,7 @@ def scan(
         source: a folder, or one volume file.
         channel: which channel or frame of 4D images to take; without it they are set aside.
         voxels: also read the voxels (intensity range, NaN, truncation, label values); without it only headers are
-            read, which is quick but finds less.
+            read, and a few volumes to tell CT from others, which is quick but finds less.
         workers: processes that read; by default one per available core.
         progress: show a progress bar.
 
@@ -62,6 +63,9 @@ def scan(
     layout = layouts.detect(root, found.volumes, channel)
     series, problems = _series(root, found.dicom, workers, progress)
     cases = [*layout.cases, *series]
+    if layout.refused_labels is not None:
+        cases = [replace(case, label=None) for case in cases]
+        problems.append(layout.refused_labels)
 
     tasks = [(root, case, channel, voxels, layout.label_names) for case in cases]
     failed = [_Result(None, (_crashed(case),)) for case in cases]
@@ -72,7 +76,7 @@ def scan(
     if series:
         series_rule = "DICOM: one case per series, the subject is the hashed patient number"
         rule = f"{rule}; {series_rule}" if rule else series_rule
-    return Manifest(
+    manifest = Manifest(
         root=str(root),
         layout=layout.name if layout.cases or not series else "dicom",
         rule=rule,
@@ -80,6 +84,7 @@ def scan(
         problems=(*found.problems, *layout.problems, *problems, *(p for r in results for p in r.problems), *twins),
         label_names=layout.label_names,
     )
+    return settled(manifest, {r.case.id: r.evidence for r in results if r.case and r.evidence} if voxels else None)
 
 
 @dataclass
@@ -220,11 +225,12 @@ def _read_slices(task: tuple[Path, str]) -> _Read:
 
 @dataclass
 class _Result:
-    """A case with its header filled in, or None; and a digest of its voxels where they were read."""
+    """A case with its header filled in, or None; of voxels that were read a digest, and whether they are HU."""
 
     case: Case | None
     problems: tuple[Problem, ...] = ()
     digest: str = ""
+    evidence: Evidence | None = None
 
 
 def _inspect(task: tuple[Path, Case, int | None, bool, dict[int, str]]) -> _Result:
@@ -238,11 +244,11 @@ def _inspect(task: tuple[Path, Case, int | None, bool, dict[int, str]]) -> _Resu
         if taken is not None:
             notes += (f"channel {taken} of {header.shape[3]}",)
         image = _blank(header)
-        digest, intensity = "", None
+        digest, intensity, evidence = "", None, None
         if voxels:
             image = read_volume(paths, taken)
             checks.check_image(image.array, paths[0])
-            intensity, digest = _intensity(image.array), _digest(image)
+            intensity, digest, evidence = _intensity(image.array), _digest(image), evidence_of(image.array)
         case = replace(
             case,
             channel=taken,
@@ -252,13 +258,13 @@ def _inspect(task: tuple[Path, Case, int | None, bool, dict[int, str]]) -> _Resu
             affine=tuple(tuple(float(number) for number in row) for row in header.affine),
             dtype=header.dtype,
             intensity=intensity,
-            modality=_modality(header.modality, case.modality, intensity),
+            modality=header.modality if header.modality != "unknown" else case.modality,
             notes=notes,
         )
     except Exception as error:
         return _Result(None, (_problem_of(root, error, case.image[0]),))
     if case.label is None:
-        return _Result(case, (), digest)
+        return _Result(case, (), digest, evidence)
     try:
         path = root / case.label
         if voxels:
@@ -266,17 +272,17 @@ def _inspect(task: tuple[Path, Case, int | None, bool, dict[int, str]]) -> _Resu
             if not found.array.any():
                 what = "the label map holds background only"
                 empty = Problem(case.label, what, "Check that it is meant so; it counts as labelled.", aside=False)
-                return _Result(case, (empty,), digest)
-            if outside := labelled_outside(image.array, found.array, case.modality == "CT"):
+                return _Result(case, (empty,), digest, evidence)
+            if outside := labelled_outside(image.array, found.array, _as_ct(case, evidence)):
                 cut = checks.labelled_outside(outside, int(np.count_nonzero(found.array)))
-                return _Result(case, (Problem(case.label, *cut, aside=False),), digest)
+                return _Result(case, (Problem(case.label, *cut, aside=False),), digest, evidence)
         else:
             checks.on_grid_of(_blank(read_label_header(path)), image, path)
     except Exception as error:
         problem = _problem_of(root, error, case.label)
         lost = replace(problem, what=f"{problem.what}; its image {case.image[0]} is kept as unlabelled")
-        return _Result(replace(case, label=None), (lost,), digest)
-    return _Result(case, (), digest)
+        return _Result(replace(case, label=None), (lost,), digest, evidence)
+    return _Result(case, (), digest, evidence)
 
 
 def _blank(header: Header) -> Volume:
@@ -303,10 +309,5 @@ def _digest(image: Volume) -> str:
     return digest.hexdigest()
 
 
-def _modality(header: str, layout: str, intensity: Sequence[float] | None) -> str:
-    """The file's own word, else the layout's, else CT where there is air at -1000 HU."""
-    if header != "unknown":
-        return header
-    if layout != "unknown":
-        return layout
-    return "CT" if intensity is not None and intensity[0] <= -500 else "unknown"
+def _as_ct(case: Case, evidence: Evidence | None) -> bool:
+    return evidence is not None and (evidence.units == "HU" or (case.modality == "CT" and evidence.can_be_hu))

@@ -98,7 +98,7 @@ def _slices(data: Any, path: Path) -> list[Slice]:
         "subject": f"sub-{short_hash(patient)}",
         "instance": str(data.get("SOPInstanceUID", "")),
         "description": _safe_description(data),
-        "modality": {"MR": "MR", "CT": "CT"}.get(str(data.get("Modality", "")), "unknown"),
+        "modality": {"MR": "MR", "CT": "CT", "PT": "PET"}.get(str(data.get("Modality", "")), "unknown"),
     }
     if "Rows" not in data:
         return [Slice(reason=f"holds no image ({data.get('Modality', 'no modality')} object)", **common)]

@@ -11,6 +11,7 @@ from medcl.checkpoint import Contract, rebuild, weights_hash
 from medcl.config import PredictConfig
 from medcl.dataset.case import Case, Manifest, Problem
 from medcl.dataset.checks import check_image, whole_labels
+from medcl.dataset.modality import check_hounsfield
 from medcl.dataset.splits import Split, cases_of
 from medcl.errors import MedclError
 from medcl.io.geometry import Volume, from_canonical, to_canonical
@@ -110,6 +111,8 @@ def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, .
         try:
             volume = read_volume(manifest.image_paths(case), channel=case.channel)
             check_image(volume.array, where=case.image[0])
+            if predictor.contract.plan.normalise == "ct":
+                check_hounsfield(volume.array, case.image[0])
         except MedclError as error:
             problems.append(Problem(case.image[0], error.what, error.remedy or "Mend the file."))
             continue

@@ -210,19 +210,20 @@ def derive_plan(
         device: `cpu` or `gpu`: how many voxels a patch may have.
 
     Raises:
-        MedclError: the manifest has no cases, or mixes CT with MR.
+        MedclError: the manifest has no cases, or mixes CT with others.
     """
     if not manifest.cases:
         first = f"{manifest.problems[0]} " if manifest.problems else ""
         raise MedclError("no usable volume", manifest.root, f"{first}`medcl scan` tells all.")
-    modalities = {case.modality for case in manifest.cases} - {"unknown"}
-    if len(modalities) > 1:
+    others = [case for case in manifest.cases if case.modality != "CT"]
+    if others and len(others) < len(manifest.cases):
+        kind = "MR volumes" if others[0].modality == "MR" else f"others ({others[0].modality}, {others[0].image[0]})"
         raise MedclError(
-            "CT and MR volumes mixed",
+            f"CT and {kind} mixed",
             manifest.root,
-            "Scan them as two folders, or edit manifest.json: one plan fits one.",
+            "Scan them as two folders, or edit manifest.json: one plan fits one, and only CT takes an HU window.",
         )
-    modality: Any = next(iter(modalities), "unknown")
+    modality: Any = "MR" if any(case.modality == "MR" for case in others) else "unknown" if others else "CT"
     axes = [canonical_axes(case) for case in manifest.cases]
     shapes, spacings = np.array([a[0] for a in axes]), np.array([a[1] for a in axes])
     target = np.asarray(spacing, float) if spacing else target_spacing(spacings)

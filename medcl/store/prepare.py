@@ -16,6 +16,7 @@ from medcl.dataset.body import SATURATED, Body, body_of, box_of, foreground_box,
 from medcl.dataset.case import Case, Manifest, Problem
 from medcl.dataset.checks import check_image, check_label, labelled_outside, whole_labels
 from medcl.dataset.labels import read_label
+from medcl.dataset.modality import check_hounsfield
 from medcl.errors import MedclError
 from medcl.io.geometry import Volume, to_canonical
 from medcl.io.resample import resample_labels, resample_linear, resampled_affine
@@ -179,6 +180,8 @@ def load_case(manifest: Manifest, case: Case) -> tuple[Volume, np.ndarray | None
 def prepare_case(manifest: Manifest, case: Case, plan: Plan, path: Path, signature: Path | None = None) -> None:
     """Prepares one case into `path` of the store, and signs its voxels, at hand here, into the file `signature`."""
     image, label = load_case(manifest, case)
+    if plan.normalise == "ct":
+        check_hounsfield(image.array, case.image[0])
     if signature is not None and not signature.exists():
         save_signature(signature, sign(image.array))
     prepared = prepare_image(image, plan, label=label)

@@ -6,26 +6,22 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medcl.config import PrepareConfig, ScanConfig
-from medcl.dataset.body import AIR
 from medcl.dataset.case import Case, Manifest, Problem
 from medcl.dataset.scan import scan as scan_folder
 from medcl.dataset.summary import grouped
 from medcl.errors import MedclError
-from medcl.io.volumes import read_volume
 from medcl.runtime.run import log
 from medcl.store.plan import Plan, derive_plan, sized
 from medcl.store.prepare import Stored
 from medcl.store.prepare import prepare as prepare_volumes
 from medcl.store.volumes import read_meta, store_folder
 
-SAMPLED = 5  # volumes read to guess the modality
 MEASURED = 32  # volumes prepared to plan sizes
 SHOWN = 5  # problems logged one by one; all are in manifest.json
 
@@ -54,7 +50,7 @@ def load_source(source: str, channel: int | None = None, previous_run: Path | No
         return Manifest.load(previous_run / "manifest.json")
     if source.endswith(".json"):
         return Manifest.load(source)
-    return guess_modality(scan_folder(source, channel=channel, voxels=False))
+    return scan_folder(source, channel=channel, voxels=False)
 
 
 def confirm(manifest: Manifest, source: str, yes: bool) -> Manifest:
@@ -69,25 +65,6 @@ def confirm(manifest: Manifest, source: str, yes: bool) -> Manifest:
         more = f" ({len(questions) - 1} more questions: `medcl scan {shlex.quote(source)}`)" if questions[1:] else ""
         raise MedclError(f"{first.file}: {first.what}{more}", source, f"{first.remedy} Or take the guess with --yes.")
     return manifest.confirmed() if questions else manifest
-
-
-def guess_modality(manifest: Manifest) -> Manifest:
-    """Fills in CT where neither headers nor layout say so, and a few volumes hold air at -1000 HU.
-
-    Only headers were read so far; whether intensities are scaled by an HU window must not depend on that.
-    """
-    unknown = [case for case in manifest.cases if case.modality == "unknown"]
-    seen = []
-    for case in unknown[:SAMPLED]:
-        try:
-            seen.append(float(read_volume(manifest.image_paths(case), channel=case.channel).array.min()) <= AIR)
-        except MedclError:
-            continue  # reported when the volume is prepared
-    if not seen or not all(seen):
-        return manifest
-    return manifest.with_cases(
-        tuple(replace(case, modality="CT") if case.modality == "unknown" else case for case in manifest.cases)
-    )
 
 
 def describe(manifest: Manifest) -> str:
@@ -161,9 +138,9 @@ def prepare_all(
 def told(stored: list[Stored], manifest: Manifest) -> tuple[Problem, ...]:
     """Warnings that preparation has left beside the volumes, as far as the manifest does not hold them."""
     found = [
-        Problem(item.case.image[0], *each, aside=False)
+        Problem(item.case.image[0], what, remedy, aside=False)
         for item in stored
-        for each in read_meta(item.path).get("told", ())
+        for what, remedy in read_meta(item.path).get("told", ())
     ]
     return tuple(problem for problem in found if problem not in manifest.problems)
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from medcl.dataset.scan import scan
-from medcl.errors import MedclError
 from medcl.segmentation.module import channel_table
 from medcl.segmentation.planning import label_values
 from medcl.store.plan import Plan
@@ -114,16 +113,16 @@ def test_a_value_that_dataset_json_does_not_name_is_refused_by_scan_and_by_prepa
 @pytest.mark.parametrize(
     "names,told",
     [
-        ({"background": 0, "whole": [1, 2, 3], "core": [2]}, r"'whole' is a region of several values, \[1, 2, 3\]"),
-        ({"background": 0, "a": 1, "ignore": 2}, "'ignore': 2 is nnU-Net's ignored label"),
-        ({"0": "background", "1": "a", "2": "Ignore"}, "nnU-Net's ignored label"),
+        ({"background": 0, "whole": [1, 2, 3], "core": [2]}, "label 'whole' is a region of several values, [1, 2, 3]"),
+        ({"background": 0, "a": 1, "ignore": 2}, "label 'ignore': 2 is nnU-Net's ignored label"),
+        ({"0": "background", "1": "a", "2": "Ignore"}, "label '2': 'Ignore' is nnU-Net's ignored label"),
     ],
 )
-def test_regions_and_ignored_labels_are_refused_by_name(tmp_path, names, told):
-    root = folder(tmp_path / "d", {"s1": planted().astype(np.uint8)}, names)
-    with pytest.raises(MedclError, match=told) as caught:
-        load_source(str(root))
-    assert str(caught.value.where).endswith("dataset.json") and "\n" not in str(caught.value)
+def test_regions_and_ignored_labels_are_refused_by_name_and_images_stay(tmp_path, names, told):
+    manifest = load_source(str(folder(tmp_path / "d", {"s1": planted().astype(np.uint8)}, names)))
+    (problem,) = manifest.problems
+    assert problem.file == "dataset.json" and problem.what.startswith(told) and problem.aside
+    assert [case.label for case in manifest.cases] == [None] and not manifest.labelled
 
 
 def test_names_as_nnunet_and_as_the_decathlon_writes_them(tmp_path):
