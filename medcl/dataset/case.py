@@ -21,6 +21,7 @@ class Case:
         subject: the person; every split is by subject. Never a patient name (DICOM identifiers are hashed).
         image: the file, or the slice files of a DICOM series in slice order, relative to the manifest's root.
         label: the label map's file, relative to the root, or None.
+        masks: instead of one label map, names of structures and their binary masks, relative to the root.
         format: `nifti`, `nrrd`, `meta` (MHA/MHD) or `dicom`.
         channel: which channel of a 4D file, or None for a 3D file.
         shape: voxels along the three array axes, in the file's own order.
@@ -30,7 +31,9 @@ class Case:
         dtype: the stored voxel type.
         intensity: minimum, median and maximum, where voxels were read.
         modality: `MR`, `CT`, `PET` or `unknown`.
-        split: `train` or `test` where the data set's layout says so.
+        split: `train`, `val` or `test` where the data set's layout or a table says so.
+        session, site: of the acquisition, where a table says them.
+        targets: further columns of a table, each a name and a value.
         notes: what was done to read it that a user should know (gantry tilt resampled, ...).
     """
 
@@ -38,6 +41,7 @@ class Case:
     subject: str
     image: tuple[str, ...]
     label: str | None = None
+    masks: tuple[tuple[str, str], ...] = ()
     format: str = "nifti"
     channel: int | None = None
     shape: tuple[int, ...] = ()
@@ -48,13 +52,26 @@ class Case:
     intensity: tuple[float, ...] | None = None
     modality: str = "unknown"
     split: str | None = None
+    session: str = ""
+    site: str = ""
+    targets: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether it has a label map or masks."""
+        return self.label is not None or bool(self.masks)
+
+    @property
+    def label_files(self) -> tuple[str, ...]:
+        """The files of its label map or masks, relative to the root."""
+        return tuple(file for _, file in self.masks) if self.label is None else (self.label,)
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Case:
         """Builds a case from its entry in a manifest file; lists become tuples."""
         fixed: dict[str, Any] = {
-            k: tuple(map(tuple, v)) if k == "affine" else tuple(v) if isinstance(v, list) else v
+            k: tuple(map(tuple, v)) if k in ("affine", "masks", "targets") else tuple(v) if isinstance(v, list) else v
             for k, v in data.items()
         }
         return Case(**fixed)
@@ -108,7 +125,7 @@ class Manifest:
     @property
     def labelled(self) -> tuple[Case, ...]:
         """The cases that have a label map."""
-        return tuple(case for case in self.cases if case.label is not None)
+        return tuple(case for case in self.cases if case.is_labelled)
 
     @property
     def subjects(self) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def check_image(array: np.ndarray, where: object = None) -> None:
         )
 
 
-def on_grid_of(label: Volume, image: Volume, where: object = None) -> Volume:
+def check_grid(label: Volume, image: Volume, where: object = None) -> Volume:
     """A label map in its image's axis order.
 
     Where both lie on one grid but store its axes in another order or direction (an LPS label map of an RAS image), axes
@@ -149,9 +149,9 @@ def check_label(
         The label map in its image's axis order, uint8 or uint16.
 
     Raises:
-        MedclError: as `on_grid_of` and `check_label_values`.
+        MedclError: as `check_grid` and `check_label_values`.
     """
-    label = on_grid_of(label, image, where)
+    label = check_grid(label, image, where)
     check_label_values(label.array, where, names)
     return Volume(whole_labels(label.array), label.affine, label.notes)
 

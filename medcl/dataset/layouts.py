@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from medcl.dataset import naming
+from medcl.dataset.by_names import cases_by_names, doubts, named_subjects
 from medcl.dataset.case import Case, Problem
 from medcl.dataset.labels import label_names, unsupported_labels
+from medcl.dataset.structure import read_subjects
 from medcl.errors import MedclError
 from medcl.io.formats import format_of
 from medcl.runtime.files import read_json
@@ -58,7 +60,8 @@ def detect(root: str | Path, files: Iterable[str], channel: int | None = None) -
         layout = recognise(Path(root), names, channel)
         if layout is not None:
             return _finish(layout)
-    return _finish(_by_names(names))
+    cases, problems, rule, value_names = cases_by_names(Path(root), names)
+    return _finish(Layout("names", rule, tuple(cases), value_names, tuple(problems)))
 
 
 def _case(image: str, subject: str, id: str | None = None, **known: Any) -> Case:
@@ -93,6 +96,9 @@ def _orphan(label: str) -> Problem:
     )
 
 
+_PARTS = re.compile(r"(images|labels)(Tr|Ts|Va|Val)/")
+
+
 def _msd(root: Path, files: list[str], channel: int | None) -> Layout | None:
     """Medical Segmentation Decathlon, and nnU-Net's raw folder, its close relative."""
     top = {name.split("/")[0] for name in files}
@@ -101,14 +107,14 @@ def _msd(root: Path, files: list[str], channel: int | None) -> Layout | None:
     if len(bases) != 1 or not all(name.startswith(bases[0]) for name in files):
         return None
     base = bases[0]
-    inside = {name for name in files if name.startswith((f"{base}imagesT", f"{base}labelsT"))}
+    inside = {name for name in files if _PARTS.match(name[len(base) :])}
     if not inside:
         return None
     data = read_json(root / base / "dataset.json")
     if not isinstance(data, dict):
         raise MedclError("is not a Decathlon or nnU-Net data set", root / base / "dataset.json", "Mend or remove it.")
 
-    labels = {naming.without_suffix(name): name for name in files if name.startswith(f"{base}labelsT")}
+    labels = {naming.without_suffix(name): name for name in inside if name.startswith(f"{base}labels")}
     nnunet = "file_ending" in data or "channel_names" in data
     modality = _modality(data.get("channel_names") or data.get("modality"))
     cases, problems, used = [], [], set()
@@ -116,9 +122,11 @@ def _msd(root: Path, files: list[str], channel: int | None) -> Layout | None:
 
     groups: dict[str, list[str]] = defaultdict(list)
     for name in sorted(inside):
-        if name.startswith(f"{base}imagesT"):
+        if name.startswith(f"{base}images"):
             plain = naming.without_suffix(name)
             groups[re.sub(r"_\d{4}$", "", plain) if nnunet else plain].append(name)
+    reading = read_subjects(list(groups))
+    subjects = named_subjects(list(groups), reading, {plain: naming.subject(plain) for plain in groups})
     for plain, images in groups.items():
         which = (channel or 0) if len(images) > 1 else 0
         if which >= len(images):
@@ -127,19 +135,24 @@ def _msd(root: Path, files: list[str], channel: int | None) -> Layout | None:
             continue
         image = images[which]
         notes = () if len(images) == 1 else (f"channel file {which} of {len(images)}; --channel takes another",)
-        expected = listed.get(image) or plain.replace(f"{base}imagesT", f"{base}labelsT", 1)
+        expected = listed.get(image) or plain.replace(f"{base}images", f"{base}labels", 1)
         label = expected if expected in inside else labels.get(naming.without_suffix(expected))
         used.add(label)
         if label is None and (listed.get(image) or (nnunet and f"{base}imagesTr/" in image)):
             ending = data.get("file_ending", "")
             problems.append(_missing_label(image, listed.get(image) or expected + ending))
-        split = "train" if image.startswith(f"{base}imagesTr/") else "test"
+        split = {"tr": "train", "ts": "test"}.get(image[len(base) + 6 : len(base) + 8].lower(), "val")
         id = plain.rsplit("/", 1)[-1]
-        cases.append(_case(image, naming.subject(plain), id, label=label, split=split, modality=modality, notes=notes))
+        cases.append(_case(image, subjects[plain], id, label=label, split=split, modality=modality, notes=notes))
     known = {image for images in groups.values() for image in images}
     missing = "dataset.json names this image, but it is missing"
     problems += [Problem(image, missing, "Restore it or ignore this.") for image in sorted(set(listed) - known)]
     problems += [_orphan(label) for label in sorted(set(labels.values()) - used)]
+    problems += doubts(list(groups), reading, subjects)
+    outside = sorted(set(files) - inside)
+    if outside:
+        what = f"lies outside imagesTr, imagesTs and imagesVa, as {len(outside)} files do, and is passed over"
+        problems.append(Problem(outside[0], what, "Move it there, or name it in a table.", aside=False))
     kind = "nnU-Net" if nnunet else "Medical Segmentation Decathlon"
     rule = (
         f"{kind} layout (dataset.json): labels are the files of the same name in labelsTr, and every image is its own "
@@ -152,7 +165,7 @@ def _msd(root: Path, files: list[str], channel: int | None) -> Layout | None:
 def _listed(data: dict[str, Any], base: str) -> dict[str, str | None]:
     """The images that dataset.json lists, each with its label."""
     listed: dict[str, str | None] = {}
-    for entry in [*_list(data.get("training")), *_list(data.get("test"))]:
+    for entry in [each for part in ("training", "validation", "test") for each in _list(data.get(part))]:
         pair = entry if isinstance(entry, dict) else {"image": entry}
         image, label = pair.get("image"), pair.get("label")
         if isinstance(image, str):
@@ -261,42 +274,3 @@ def _dseg_names(root: Path) -> dict[int, str]:
             at, called = head.index("index"), head.index("name")
             names = {int(row[at]): row[called] for row in rows if len(row) == len(head) and row[at].isdigit()}
     return names
-
-
-def _by_names(files: Sequence[str]) -> Layout:
-    """Anything else: labels by folder or file name, subjects by name (`medcl.dataset.naming`)."""
-    labels = [name for name in files if naming.is_label(name)]
-    images = [name for name in files if not naming.is_label(name)]
-    exact = _index(images, naming.pair_key)
-    loose = _index(images, lambda name: naming.pair_key(name, loose=True))
-    label_of: dict[str, str] = {}
-    problems = []
-    for label in labels:
-        fits = exact.get(naming.pair_key(label)) or loose.get(naming.pair_key(label, loose=True), [])
-        if not fits:
-            problems.append(_orphan(label))
-        for image in fits:
-            if image in label_of:
-                first = label_of[image]
-                problems.append(Problem(label, f"is a second label map of {image}", f"Unused: {first} is taken."))
-            else:
-                label_of[image] = label
-    subjects = naming.subjects(images)
-    cases = tuple(
-        _case(name, subjects[name], label=label_of.get(name), modality=naming.modality(name), split=naming.split(name))
-        for name in images
-    )
-    alone = len(set(subjects.values())) == len(images)
-    rule = (
-        "by names: labels by folder (labels, masks, …) or ending (_seg, _mask, …); the subject is the folder named "
-        "after one (sub-1, patient01, …), or the file name without frame, session, side and modality endings"
-    )
-    rule += "; here every file is its own subject" if alone and len(images) > 1 else ""
-    return Layout("names", rule, cases, problems=tuple(problems))
-
-
-def _index(names: Iterable[str], key: Callable[[str], object]) -> dict[object, list[str]]:
-    index: dict[object, list[str]] = defaultdict(list)
-    for name in names:
-        index[key(name)].append(name)
-    return index

@@ -20,10 +20,11 @@ from medcl.io.volumes import read_volume
 SAMPLED = 5  # volumes read, of those that are named CT and of those that nothing is known of
 DEEP = -1500.0  # HU; no noise of air reaches down there
 NARROW = 50.0  # HU; even the soft tissue of one organ spreads further
+BONE = 1500.0  # HU; where there is bone so dense, there is also fat
 LOWEST = -1050.0  # HU of air, with noise; what lies below is padding
 OFFSET = 1024.0  # often missing where a CT was stored without negative numbers
 
-Units = Literal["HU", "possible", "offset", "other"]
+Units = Literal["HU", "possible", "positive", "offset", "other"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Evidence:
 
     Attributes:
         units: `HU` where air and soft tissue are seen; `possible` where nothing speaks against HU, as in a CT of one
-            organ; `offset` for a CT stored 1024 too high; `other` for what cannot be HU.
+            organ; `positive` where nothing but the lack of fat and air does; `offset` for a CT stored 1024 too high;
+            `other` for what cannot be HU.
         low, high: least and largest voxel.
     """
 
@@ -43,7 +45,7 @@ class Evidence:
     @property
     def can_be_hu(self) -> bool:
         """Whether an HU window may be laid over the volume."""
-        return self.units in ("HU", "possible")
+        return self.units in ("HU", "possible", "positive")
 
 
 def evidence_of(array: np.ndarray) -> Evidence:
@@ -60,7 +62,9 @@ def _units(few: np.ndarray) -> Units:
     if low >= 0:  # fat and air are negative
         air, tissue, between = share(0, 100), share(OFFSET - 150, OFFSET + 150), share(300, 700)
         looks = air > 0.05 and tissue > 0.5 * share(500, high) and between / 400 < 0.3 * tissue / 300
-        return "offset" if looks and OFFSET + 250 < high <= 4 * OFFSET else "other"
+        if looks and OFFSET + 250 < high <= 4 * OFFSET:
+            return "offset"
+        return "positive" if 255 < high < BONE and high - low >= NARROW and share(0, 300) >= 0.02 else "other"
     if high - low < NARROW or (share(-250, 300) < 0.02 and not -1100 <= low <= -500):  # neither tissue nor air
         return "other"
     floor = max(low, LOWEST)
@@ -111,7 +115,7 @@ def settled(manifest: Manifest, evidence: Mapping[str, Evidence] | None = None) 
             unit = read[case.id].units if case.id in read else alike
             if unit is not None:
                 units[case.id] = unit
-    any_ct = any(units.get(case.id, "possible") in ("HU", "possible") for case in named) or "HU" in units.values()
+    any_ct = any(units.get(case.id) not in ("offset", "other") for case in named) or "HU" in units.values()
     cases = tuple(
         replace(case, modality=_modality(case, units.get(case.id), any_ct))
         if case.modality in ("CT", "unknown")
@@ -128,9 +132,9 @@ def settled(manifest: Manifest, evidence: Mapping[str, Evidence] | None = None) 
 
 
 def _modality(case: Case, units: Units | None, any_ct: bool) -> str:
-    if units == "HU" or (units in ("possible", None) and (case.modality == "CT" or any_ct)):
-        return "CT"
-    return "unknown"
+    if case.modality == "CT":
+        return "unknown" if units in ("offset", "other") else "CT"
+    return "CT" if units == "HU" or (units in ("possible", None) and any_ct) else "unknown"
 
 
 def _doubt(case: Case, found: Evidence) -> Problem:

@@ -7,6 +7,7 @@ leaks between splits.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -15,8 +16,8 @@ from medcl.io.formats import volume_suffix
 
 _LABEL_WORDS = "segs?|segmentations?|labels?|lbl|masks?|gt|groundtruth|annotations?|roi"
 _IMAGE_WORDS = "imgs?|images?|vol|volumes?|scans?"
-_LABEL_FOLDER = re.compile(rf"^({_LABEL_WORDS}|ground[_-]truth)([_-]?(tr|ts|val|train|test))?$", re.I)
-_IMAGE_FOLDER = re.compile(rf"^({_IMAGE_WORDS}|data)([_-]?(tr|ts|val|train|test))?$", re.I)
+_LABEL_FOLDER = re.compile(rf"^({_LABEL_WORDS}|ground[_-]truth)([_-]?(tr|ts|va|val|train|test))?$", re.I)
+_IMAGE_FOLDER = re.compile(rf"^({_IMAGE_WORDS}|data)([_-]?(tr|ts|va|val|train|test))?$", re.I)
 _LABEL_NAME = re.compile(rf"^({_LABEL_WORDS})(?=[_\-.\d]|$)|[_\-.]({_LABEL_WORDS})$", re.I)
 _IMAGE_NAME = re.compile(rf"^({_IMAGE_WORDS})(?=[_\-.\d]|$)|[_\-.]({_IMAGE_WORDS})$", re.I)
 
@@ -32,6 +33,7 @@ _SIDE = re.compile(r"^(l|r|lh|rh|left|right|sag|cor|ax|axial|sagittal|coronal)$"
 _SUBJECT_FOLDER = re.compile(
     r"^(sub|subj|subject|patient|pat|case|participant|volunteer|person|pid|id|p|s)[-_ ]?\d+$|^sub-[a-z0-9]+$", re.I
 )
+_SPLITS = {"train": "tr|train|training", "val": "va|val|valid|validation", "test": "ts|test|testing"}
 # Folders that say what is inside, not whose it is.
 _GENERIC_FOLDER = re.compile(
     r"^(anat|raw|nifti|nii|nrrd|dicom|dcm|train|training|test|testing|val|valid|validation|func|study|series)\d*$", re.I
@@ -50,8 +52,26 @@ def stem(name: str) -> str:
 
 
 def safe(name: str) -> str:
-    """The name with everything but letters, digits, `.`, `_` and `-` replaced, so that any file system takes it."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "case"
+    """The name with everything but letters of any script, digits, `.`, `_` and `-` replaced.
+
+    Composed forms of letters (NFC) make one name of what two systems spell apart.
+    """
+    return re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", name)).strip("-.") or "case"
+
+
+def is_role(word: str) -> bool:
+    """Whether a word tells what a file is (`t1`, `left`, `mask`, `train`) and never whose."""
+    return any(kind.match(word) for kind in (_MODALITY, _SIDE)) or (is_generic(word) and not word[-1].isdigit())
+
+
+def is_moment(word: str) -> bool:
+    """Whether a word tells when an image was taken, or which of several it is: `ses-1`, `frame01`, `baseline`."""
+    return bool(_MOMENT.match(word))
+
+
+def is_generic(folder: str) -> bool:
+    """Whether a folder's name tells what it holds and never whose: `imagesTr`, `labels`, `anat`, `training`."""
+    return any(kind.match(folder) for kind in (_GENERIC_FOLDER, _LABEL_FOLDER, _IMAGE_FOLDER))
 
 
 def _folders(name: str) -> tuple[str, ...]:
@@ -79,7 +99,7 @@ def pair_key(name: str, loose: bool = False) -> tuple[str, str]:
     `loose` also drops modality endings, so that `x_seg` fits `x_t1` and `x_flair`, and nnU-Net's `_0000`.
     """
     folder = "/".join(
-        re.sub(r"^.*?((tr|ts|val|train|test)?)$", r"\1", part, flags=re.I).lower()
+        re.sub(r"^.*?((tr|ts|va|val|train|test)?)$", r"\1", part, flags=re.I).lower()
         if _LABEL_FOLDER.match(part) or _IMAGE_FOLDER.match(part)
         else part
         for part in _folders(name)
@@ -163,8 +183,7 @@ def _persons(names: Sequence[str]) -> dict[str, str]:
 
 
 def _says_nothing(folder: str) -> bool:
-    generic = any(kind.match(folder) for kind in (_GENERIC_FOLDER, _LABEL_FOLDER, _IMAGE_FOLDER))
-    return generic or not _person(folder)
+    return is_generic(folder) or not _person(folder)
 
 
 def modality(name: str) -> str:
@@ -175,11 +194,19 @@ def modality(name: str) -> str:
     return "MR" if any(re.fullmatch(_MR, piece) for piece in pieces) else "unknown"
 
 
+def split_word(name: str) -> str | None:
+    """`train`, `val` or `test` where a word of the path says so, the nearest first."""
+    for word in reversed(re.split(r"[/_\-. ]+", without_suffix(name).lower())):
+        for part, words in _SPLITS.items():
+            if re.fullmatch(rf"(images|labels)?({words})", word):
+                return part
+    return None
+
+
 def split(name: str) -> str | None:
-    """`train` or `test` where the nearest telling folder says so."""
+    """`train`, `val` or `test` where the nearest telling folder says so."""
     for folder in reversed(_folders(name)):
-        if re.fullmatch(r"(images|labels)?[_-]?(tr|train|training)", folder, re.I):
-            return "train"
-        if re.fullmatch(r"(images|labels)?[_-]?(ts|test|testing)", folder, re.I):
-            return "test"
+        for part, words in _SPLITS.items():
+            if re.fullmatch(rf"(images|labels)?[_-]?({words})", folder, re.I):
+                return part
     return None

@@ -21,7 +21,7 @@ from medcl.dataset.twins import without_twins
 from medcl.errors import MedclError
 from medcl.io import dicom
 from medcl.io.formats import SUFFIXES, volume_suffix
-from medcl.io.geometry import Header, Volume
+from medcl.io.geometry import Volume
 from medcl.io.series import arrange
 from medcl.io.volumes import pick_channel, read_header, read_volume
 from medcl.runtime.pool import map_safely
@@ -64,10 +64,11 @@ def scan(
     series, problems = _series(root, found.dicom, workers, progress)
     cases = [*layout.cases, *series]
     if layout.refused_labels is not None:
-        cases = [replace(case, label=None) for case in cases]
+        cases = [replace(case, label=None, masks=()) for case in cases]
         problems.append(layout.refused_labels)
 
-    tasks = [(root, case, channel, voxels, layout.label_names) for case in cases]
+    bare = Manifest(str(root), "", "", (), label_names=layout.label_names)  # what a worker needs of it
+    tasks = [(bare, case, channel, voxels) for case in cases]
     failed = [_Result(None, (_crashed(case),)) for case in cases]
     results = map_safely(_inspect, tasks, failed, workers, "Reading volumes" if progress else None)
     read = [(result.case, result.digest) for result in results if result.case is not None]
@@ -233,9 +234,10 @@ class _Result:
     evidence: Evidence | None = None
 
 
-def _inspect(task: tuple[Path, Case, int | None, bool, dict[int, str]]) -> _Result:
+def _inspect(task: tuple[Manifest, Case, int | None, bool]) -> _Result:
     """Reads one case and its label; whatever goes wrong becomes a problem."""
-    root, case, channel, voxels, names = task
+    bare, case, channel, voxels = task
+    root = Path(bare.root)
     paths = [root / name for name in case.image]
     try:
         header = read_header(paths)
@@ -243,7 +245,7 @@ def _inspect(task: tuple[Path, Case, int | None, bool, dict[int, str]]) -> _Resu
         notes = (*case.notes, *header.notes)
         if taken is not None:
             notes += (f"channel {taken} of {header.shape[3]}",)
-        image = _blank(header)
+        image = header.blank()
         digest, intensity, evidence = "", None, None
         if voxels:
             image = read_volume(paths, taken)
@@ -263,31 +265,29 @@ def _inspect(task: tuple[Path, Case, int | None, bool, dict[int, str]]) -> _Resu
         )
     except Exception as error:
         return _Result(None, (_problem_of(root, error, case.image[0]),))
-    if case.label is None:
+    if not case.is_labelled:
         return _Result(case, (), digest, evidence)
+    first = case.label_files[0]
     try:
-        path = root / case.label
+        path = root / first
         if voxels:
-            found = checks.check_label(read_label(path), image, path, names)
-            if not found.array.any():
+            found = read_label(bare, case)
+            label = checks.check_label(found, image, path, bare.label_names).array
+            case = replace(case, notes=(*case.notes, *found.notes) if case.masks else case.notes)
+            if not label.any():
                 what = "the label map holds background only"
-                empty = Problem(case.label, what, "Check that it is meant so; it counts as labelled.", aside=False)
+                empty = Problem(first, what, "Check that it is meant so; it counts as labelled.", aside=False)
                 return _Result(case, (empty,), digest, evidence)
-            if outside := labelled_outside(image.array, found.array, _as_ct(case, evidence)):
-                cut = checks.labelled_outside(outside, int(np.count_nonzero(found.array)))
-                return _Result(case, (Problem(case.label, *cut, aside=False),), digest, evidence)
+            if outside := labelled_outside(image.array, label, _as_ct(case, evidence)):
+                cut = checks.labelled_outside(outside, int(np.count_nonzero(label)))
+                return _Result(case, (Problem(first, *cut, aside=False),), digest, evidence)
         else:
-            checks.on_grid_of(_blank(read_label_header(path)), image, path)
+            checks.check_grid(read_label_header(path).blank(), image, path)
     except Exception as error:
-        problem = _problem_of(root, error, case.label)
+        problem = _problem_of(root, error, first)
         lost = replace(problem, what=f"{problem.what}; its image {case.image[0]} is kept as unlabelled")
-        return _Result(replace(case, label=None), (lost,), digest, evidence)
+        return _Result(replace(case, label=None, masks=()), (lost,), digest, evidence)
     return _Result(case, (), digest, evidence)
-
-
-def _blank(header: Header) -> Volume:
-    """A volume of the header's grid that takes no memory."""
-    return Volume(np.broadcast_to(np.uint8(0), header.shape[:3]), header.affine)
 
 
 def _problem_of(root: Path, error: Exception, path: str) -> Problem:

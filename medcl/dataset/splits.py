@@ -68,7 +68,7 @@ def ranked(subjects: Iterable[str], key: str) -> list[str]:
 def make_split(manifest: Manifest, test_fraction: float = 0.25, val_fraction: float = 0.1, seed: int = 0) -> Split:
     """Splits the labelled subjects; unlabelled ones train (for pretext tasks).
 
-    With fewer than 8 labelled subjects nothing is held out.
+    With fewer than 8 labelled subjects nothing is held out, save those that the data set or a table puts into a part.
 
     Raises:
         MedclError: the fractions leave nobody to train.
@@ -81,13 +81,14 @@ def make_split(manifest: Manifest, test_fraction: float = 0.25, val_fraction: fl
     everyone = set(manifest.subjects)
     # a layout's own test set is held out whether or not its labels were published
     fixed_test = {case.subject for case in manifest.cases if case.split == "test"}
-    pool = ranked(labelled - fixed_test, f"split {seed}")
+    fixed_val = {case.subject for case in manifest.cases if case.split == "val"} - fixed_test
+    pool = ranked(labelled - fixed_test - fixed_val, f"split {seed}")
     hold_out = len(pool) >= FEWEST_TO_SPLIT
     n_test = 0 if fixed_test & labelled or not hold_out else round(test_fraction * len(pool))
-    n_val = round(val_fraction * len(pool)) if hold_out else 0
-    if hold_out and val_fraction > 0:
+    n_val = round(val_fraction * len(pool)) if hold_out and not fixed_val & labelled else 0
+    if hold_out and val_fraction > 0 and not fixed_val & labelled:
         n_val = max(1, n_val)
-    test, val = set(pool[:n_test]) | fixed_test, set(pool[n_test : n_test + n_val])
+    test, val = set(pool[:n_test]) | fixed_test, set(pool[n_test : n_test + n_val]) | fixed_val
     train = everyone - test - val
     return Split(tuple(sorted(train)), tuple(sorted(val)), tuple(sorted(test)), seed=seed)
 

@@ -36,7 +36,7 @@ def without_twins(root: Path, read: Iterable[Pair], sizes: Mapping[str, int]) ->
         groups = [part for group in groups for part in _split(group, key)]
     twins, problems = set(), []
     for group in groups:
-        first, *others = sorted((case for case, _ in group), key=lambda case: (case.label is None, case.id))
+        first, *others = sorted((case for case, _ in group), key=lambda case: (not case.is_labelled, case.id))
         for other in others:
             twins.add(other.id)
             what = f"holds the same image as {first.image[0]}"

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from medcl.dataset.case import Case, Manifest
-from medcl.dataset.checks import check_label_values, on_grid_of, values_of, whole_labels
-from medcl.dataset.labels import read_label
+from medcl.dataset.checks import check_grid, check_label_values, values_of, whole_labels
+from medcl.dataset.labels import read_label, read_label_file
 from medcl.errors import MedclError
 from medcl.evaluation import statistics
 from medcl.evaluation.absence import COUNTS, INSTEAD, absences, check_absent, how_absent, other_rule, with_absence_rule
@@ -267,11 +267,10 @@ def _score_case(
     prediction: Path, manifest: Manifest, case: Case, named: Mapping[int, str], tolerance_mm: float
 ) -> tuple[list[Row], set[int]]:
     """The rows of one case, for named classes and any other found in it, and the values its reference holds."""
-    label = manifest.label_path(case)
-    assert label is not None
-    predicted, reference = _read_labels(prediction), _read_labels(label)
+    predicted = _as_integers(read_label_file(prediction), prediction)
+    reference = _as_integers(read_label(manifest, case), case.label_files[0])
     try:
-        predicted = on_grid_of(predicted, reference, prediction)
+        predicted = check_grid(predicted, reference, prediction)
     except MedclError as error:
         raise MedclError(
             f"is not on the grid of its reference: {error.what.replace('its image', 'the reference')}".replace(
@@ -286,10 +285,9 @@ def _score_case(
     return [{"case": case.id, "subject": case.subject, **score} for score in scores], values
 
 
-def _read_labels(path: Path) -> Volume:
+def _as_integers(volume: Volume, where: object) -> Volume:
     """A label map as integers."""
-    volume = read_label(path)
-    check_label_values(volume.array, path)
+    check_label_values(volume.array, where)
     return Volume(whole_labels(volume.array), volume.affine)
 
 

@@ -67,6 +67,10 @@ class Header(Placed):
     notes: tuple[str, ...] = ()
     modality: str = "unknown"
 
+    def blank(self) -> Volume:
+        """A volume of this grid that takes no memory."""
+        return Volume(np.broadcast_to(np.uint8(0), self.shape[:3]), self.affine)
+
 
 def spacing_of(affine: np.ndarray) -> tuple[float, ...]:
     """mm between voxels along each array axis: the lengths of the matrix's columns."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from medcl.dataset.body import AIR
 from medcl.dataset.case import Case, Manifest
+from medcl.dataset.labels import read_label
 from medcl.errors import MedclError
 from medcl.io.geometry import to_canonical
 from medcl.io.volumes import read_volume
@@ -50,13 +51,11 @@ def load_overlay(manifest: Manifest, case: Case, predictions: Mapping[str, Path]
     Raises:
         MedclError: a file cannot be read, or their grids do not agree.
     """
-    label = manifest.label_path(case)
-    if label is None:
+    if not case.is_labelled:
         raise MedclError("has no reference", case.id)
     image = to_canonical(read_volume(manifest.image_paths(case), case.channel))
-    labels = [
-        np.rint(to_canonical(read_volume([path])).array).astype(np.int32) for path in (label, *predictions.values())
-    ]
+    maps = [read_label(manifest, case), *(read_volume([path]) for path in predictions.values())]
+    labels = [np.rint(to_canonical(each).array).astype(np.int32) for each in maps]
     if any(each.shape != image.shape for each in labels):
         raise MedclError("image, reference and prediction have different shapes", case.id)
     named = dict(zip(predictions, labels[1:], strict=True))

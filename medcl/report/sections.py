@@ -142,7 +142,7 @@ def logged_warnings(run: Path, manifest: Manifest | None, most: int = 8) -> list
     found = re.findall(r"^.*?\b(?:WARNING|Warning|ERROR)\b[\s:|\]-]*(.+)$", text, flags=re.MULTILINE)
     cases, problems = (manifest.cases, manifest.problems) if manifest else ((), ())
     names = {problem.file for problem in problems} | {
-        name for case in cases for name in (*case.image, case.label or "")
+        name for case in cases for name in (*case.image, *case.label_files)
     }
     lines = list(dict.fromkeys(html.without_files(line.strip(), names) for line in found))
     return lines[:most] + ([f"{len(lines) - most} further warnings are in log.txt"] if len(lines) > most else [])

@@ -51,11 +51,9 @@ def label_values(manifest: Manifest, plan: Plan) -> tuple[int, ...]:
         return tuple(sorted(plan.labels))
     found: set[int] = set()
     for case in manifest.labelled:
-        path = manifest.label_path(case)
-        assert path is not None
         try:
-            array = read_label(path).array
-            check_label_values(array, path)
+            array = read_label(manifest, case).array
+            check_label_values(array, case.label_files[0])
             found |= values_of(array)
         except MedclError:
             continue  # reported when the case is prepared

@@ -96,9 +96,7 @@ def predict(config: PredictConfig) -> Path:
 def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, ...], out: Path) -> Path:
     """Predicts `cases` into `out`, one file each, written whole or not at all."""
     problems: list[Problem] = []
-    inputs = {
-        path.resolve() for case in cases for path in (*manifest.image_paths(case), manifest.label_path(case)) if path
-    }
+    inputs = {(Path(manifest.root) / name).resolve() for case in cases for name in (*case.image, *case.label_files)}
     if any((out / f"{case.id}.nii.gz").resolve() in inputs for case in cases):
         raise MedclError(
             "holds the scans themselves, which the label maps would overwrite", out, "Choose another folder."

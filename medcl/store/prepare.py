@@ -170,10 +170,9 @@ def load_case(manifest: Manifest, case: Case) -> tuple[Volume, np.ndarray | None
     """
     image = read_volume(manifest.image_paths(case), channel=case.channel)
     check_image(image.array, where=case.image[0])
-    label_path = manifest.label_path(case)
-    if label_path is None:
+    if not case.is_labelled:
         return to_canonical(image), None
-    label = check_label(read_label(label_path), image, case.label, manifest.label_names)
+    label = check_label(read_label(manifest, case), image, case.label_files[0], manifest.label_names)
     return to_canonical(image), np.asarray(to_canonical(label).array)
 
 
@@ -252,7 +251,7 @@ class ContentKeys:
 def case_key(manifest: Manifest, case: Case, plan: Plan, contents: ContentKeys) -> str:
     """Name of a case's folder in the store: of what its files hold and of how it is prepared."""
     label = manifest.label_path(case)
-    parts = {
+    parts: dict[str, Any] = {
         "version": PREPARE_VERSION,
         "plan": plan.preparation(),
         "channel": case.channel,
@@ -260,6 +259,9 @@ def case_key(manifest: Manifest, case: Case, plan: Plan, contents: ContentKeys) 
         "image": [contents.of(path) for path in manifest.image_paths(case)],
         "label": None if label is None else contents.of(label),
     }
+    if case.masks:
+        values = {name: value for value, name in manifest.label_names.items()}
+        parts["masks"] = [[values[name], contents.of(Path(manifest.root) / file)] for name, file in case.masks]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -309,7 +311,7 @@ def prepare(
             files = [contents.of(file) for file in manifest.image_paths(case)]
             missing.append((case, paths[case.id], signature_path(root, files, case.channel)))
     contents.save()
-    bare = dataclasses.replace(manifest, cases=(), problems=())  # a worker needs the root only
+    bare = dataclasses.replace(manifest, cases=(), problems=())  # a worker needs the root and the names of values
     tasks = [(bare, case, plan, path, signature) for case, path, signature in missing]
     killed: list[MedclError | None] = [
         MedclError("its process was killed", case.image[0], "Use fewer workers: memory ran out.")

@@ -77,9 +77,10 @@ KINDS = {
     "CT in -1..1": (ct(0).clip(-1000, 1000) / 1000.0, "other"),
     "CT as bytes": (((ct(0).clip(-160, 240) + 160) * 255 / 400).astype(np.uint8), "other"),
     "CT shifted down twice": (ct(0) - 1024, "other"),
-    "MR": (mr(0), "other"),
+    "CT of bone and enhanced blood": (mr(0), "positive"),
+    "MR": (mr(0) * 5, "other"),
     "MR with an outlier": (outlier(mr(0) * 10, -620), "other"),
-    "MR with air at -1000 in one voxel": (outlier(mr(0), -1000), "other"),
+    "MR with air at -1000 in one voxel": (outlier(mr(0) * 5, -1000), "other"),
     "MR, z-scored": (z_scored(mr(0)), "other"),
     "MR with 0 around it": (np.where(mr(0) > 150, mr(0) * 10, 0), "other"),
     "PET": (np.random.default_rng(0).gamma(1.0, 2.0, SHAPE).clip(0, 20), "other"),
@@ -94,7 +95,7 @@ def test_what_the_voxels_say(kind):
     array, units = KINDS[kind]
     assert evidence_of(array).units == units
     assert evidence_of(array.astype(np.float32)[::-1].transpose(2, 0, 1)).units == units
-    if units in ("HU", "possible"):
+    if units in ("HU", "possible", "positive"):
         check_hounsfield(array)
     else:
         with pytest.raises(MedclError, match=r"s\.nii: voxels from .* are not in HU"):
@@ -152,8 +153,9 @@ def test_organs_of_a_ct_follow_what_is_known_of_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("p1_ct", "p1_pet"), ("a", "b"), ("b", "a")])
-def test_pet_beside_ct_is_refused(tmp_path, names):
-    for manifest in both(folder(tmp_path, **{names[0]: ct(0), names[1]: KINDS["PET"][0]})):
+@pytest.mark.parametrize("other", [KINDS["PET"][0], mr(0), mr(1) * 10])
+def test_pet_and_mr_beside_ct_are_refused(tmp_path, names, other):
+    for manifest in both(folder(tmp_path, **{names[0]: ct(0), names[1]: other})):
         with pytest.raises(MedclError, match=r"CT and others .* mixed"):
             derive_plan(manifest)
 

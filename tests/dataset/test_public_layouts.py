@@ -1,0 +1,133 @@
+"""How public data sets lay out their files: who is a subject, what is a label map, which image it belongs to.
+
+Every layout says for each image its person and its label maps. Where medcl cannot know, it asks, and its guess never
+has one person under two subjects.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+from public_layouts import ASKED, MASKS, SIMPLE, Images, label, made, people, simple, times, write
+
+from medcl.dataset.case import Manifest
+from medcl.dataset.scan import scan
+from medcl.dataset.splits import make_split
+
+
+def check(manifest: Manifest, images: Images) -> None:
+    """All images are found, no label map is an image, and no two people are one or one person two."""
+    found = {case.image[0]: case for case in manifest.cases}
+    assert set(found) == set(images)
+    assert {path: set(case.label_files) for path, case in found.items()} == {
+        p: set(labels) for p, (_, labels) in images.items()
+    }
+    persons: dict[str, set[str]] = defaultdict(set)
+    for path, (person, _) in images.items():
+        persons[person].add(found[path].subject)
+    assert all(len(names) == 1 for names in persons.values()), persons
+    assert len({name for names in persons.values() for name in names}) == len(persons), persons
+
+
+@pytest.mark.parametrize("voxels", [True, False])
+@pytest.mark.parametrize("name", SIMPLE)
+def test_layout_is_read_right(tmp_path, name, voxels):
+    made(tmp_path, SIMPLE[name])
+    manifest = scan(tmp_path, voxels=voxels, workers=1)
+    check(manifest, SIMPLE[name])
+    assert manifest.questions == ()
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_of_an_image_are_merged(tmp_path, name):
+    made(tmp_path, MASKS[name], masks=True)
+    manifest = scan(tmp_path, workers=1)
+    check(manifest, MASKS[name])
+    structures = [name for value, name in manifest.label_names.items() if value]
+    assert structures == sorted(structure for structure, _ in manifest.cases[0].masks) and len(structures) >= 2
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_where_names_allow_two_readings_scan_asks_and_takes_the_one_that_cannot_leak(tmp_path, name):
+    images = ASKED[name]
+    made(tmp_path, images)
+    manifest = scan(tmp_path, workers=1)
+    assert any("may be one person or two" in question.what for question in manifest.questions)
+    assert {case.image[0]: set(case.label_files) for case in manifest.cases} == {
+        p: set(labels) for p, (_, labels) in images.items()
+    }
+    subject_of = {case.image[0]: case.subject for case in manifest.cases}
+    subjects = defaultdict(set)
+    for path, (person, _) in images.items():
+        subjects[person].add(subject_of[path])
+    assert all(len(found) == 1 for found in subjects.values()), "one person under two subjects"
+
+
+def test_two_whole_label_maps_of_one_image_are_asked(tmp_path):
+    images = simple("COVID-19-CT-Seg_20cases/coronacases_{p:03}.nii.gz", "Lung_Mask/coronacases_{p:03}.nii.gz")
+    made(tmp_path, images)
+    for person in range(1, 6):
+        write(
+            tmp_path / f"Lung_and_Infection_Mask/coronacases_{person:03}.nii.gz",
+            label(person, binary=False),
+            1 + (person - 1) / 64,
+        )
+    manifest = scan(tmp_path, workers=1)
+    assert len(manifest.cases) == 5 and all(case.label for case in manifest.cases)
+    (question,) = manifest.questions
+    assert "has 2 label maps" in question.what and "4 more images" in question.what
+
+
+def test_two_masks_of_which_one_fits_no_other_image(tmp_path):
+    images = people(
+        ("020", "021"),
+        lambda p: {
+            f"train/{p}/t2.nii.gz": (p, (f"train/{p}/t2_anatomy_reader1.nii.gz",)),
+            f"train/{p}/adc.nii.gz": (p, (f"train/{p}/adc_tumor_reader1.nii.gz",)),
+        },
+    )
+    made(tmp_path, images)
+    check(scan(tmp_path, workers=1), images)
+
+
+AMOS = simple("imagesTr/amos_{p:04}.nii.gz", "labelsTr/amos_{p:04}.nii.gz") | simple(
+    "imagesVa/amos_{p:04}.nii.gz", "labelsVa/amos_{p:04}.nii.gz", (13, 14)
+)
+
+
+@pytest.mark.parametrize("voxels", [True, False])
+def test_validation_images_of_a_decathlon_layout_validate(tmp_path, voxels):
+    made(tmp_path, AMOS)
+    (tmp_path / "dataset.json").write_text('{"labels": {"0": "background", "1": "spleen", "2": "liver"}}')
+    manifest = scan(tmp_path, voxels=voxels, workers=1)
+    check(manifest, AMOS)
+    assert make_split(manifest).val == ("amos_0013", "amos_0014") and manifest.problems == ()
+
+
+def test_visits_of_a_person_stay_together_in_nnunets_layout(tmp_path):
+    images = times(
+        "imagesTr/BraTS-GLI-{p:05}-{t}_0000.nii.gz",
+        ("",),
+        "labelsTr/BraTS-GLI-{p:05}-{t}.nii.gz",
+        {0: ("000", "001"), 2: ("000",), 3: ("000", "001"), 7: ("000",)},
+    )
+    made(tmp_path, images)
+    (tmp_path / "dataset.json").write_text(
+        '{"file_ending": ".nii.gz", "labels": {"background": 0, "edema": 1, "core": 2}}'
+    )
+    check(scan(tmp_path, workers=1), images)
+
+
+def test_no_split_has_a_person_on_both_sides(tmp_path):
+    images = SIMPLE["UPENN-GBM"]
+    made(tmp_path, images)
+    manifest = scan(tmp_path, workers=1)
+    person_of = {path: person for path, (person, _) in images.items()}
+    for seed in range(5):
+        split = make_split(manifest, test_fraction=0.4, val_fraction=0.2, seed=seed)
+        sides = [
+            {person_of[case.image[0]] for case in manifest.cases if case.subject in part}
+            for part in (split.train, split.val, split.test)
+        ]
+        assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
