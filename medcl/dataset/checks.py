@@ -31,7 +31,8 @@ def check_image(array: np.ndarray, where: object = None) -> None:
         if bad:
             voxels = "voxel is" if bad == 1 else "voxels are"
             raise MedclError(
-                f"{bad} {voxels} NaN or infinite", where, "Replace them (numpy.nan_to_num) or leave the volume out."
+                f"{bad} {voxels} NaN or infinite", where,
+                "Leave the volume out, replace them (numpy.nan_to_num), or take them as 0 by --nan zero.",
             )
     if array.size == 0:
         raise MedclError("the volume is constant", where, "Export it again, or leave it out.")
@@ -43,6 +44,15 @@ def check_image(array: np.ndarray, where: object = None) -> None:
         raise MedclError(
             f"the volume is constant: every voxel is {array.flat[0]:g}", where, "Export it again, or leave it out."
         )
+
+
+def without_nan(volume: Volume) -> Volume:
+    """The volume with 0 where voxels are NaN or infinite, and a note of how many there are; itself where none is."""
+    finite = np.isfinite(volume.array) if volume.array.dtype.kind == "f" else np.True_
+    if finite.all():
+        return volume
+    note = f"{volume.array.size - np.count_nonzero(finite)} voxels that are NaN or infinite were taken as 0"
+    return Volume(np.where(finite, volume.array, 0).astype(volume.array.dtype), volume.affine, (*volume.notes, note))
 
 
 def check_grid(label: Volume, image: Volume, where: object = None) -> Volume:

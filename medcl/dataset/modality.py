@@ -50,8 +50,11 @@ class Evidence:
 
 def evidence_of(array: np.ndarray) -> Evidence:
     """Looks for Hounsfield units in the voxels of a volume (X, Y, Z)."""
-    few = thinned(array).astype(np.float32).ravel()
-    return Evidence(_units(few), float(array.min()), float(array.max()))
+    few = thinned(array).astype(np.float64).ravel()
+    few = few[np.isfinite(few)]
+    if not few.size:
+        return Evidence("other", np.nan, np.nan)
+    return Evidence(_units(few), float(few.min()), float(few.max()))
 
 
 def _units(few: np.ndarray) -> Units:

@@ -38,6 +38,7 @@ def scan(
     *,
     channel: int | None = None,
     voxels: bool = True,
+    nan: str = "reject",
     workers: int | None = None,
     progress: bool = False,
 ) -> Manifest:
@@ -51,6 +52,7 @@ def scan(
         channel: which channel or frame of 4D images to take; without it they are set aside.
         voxels: also read the voxels (intensity range, NaN, truncation, label values); without it only headers are
             read, and a few volumes to tell CT from others, which is quick but finds less.
+        nan: `zero` takes voxels that are NaN or infinite as 0; `reject` sets such volumes aside.
         workers: processes that read; by default one per available core.
         progress: show a progress bar.
 
@@ -68,7 +70,7 @@ def scan(
         problems.append(layout.refused_labels)
 
     bare = Manifest(str(root), "", "", (), label_names=layout.label_names)  # what a worker needs of it
-    tasks = [(bare, case, channel, voxels) for case in cases]
+    tasks = [(bare, case, channel, voxels, nan) for case in cases]
     failed = [_Result(None, (_crashed(case),)) for case in cases]
     results = map_safely(_inspect, tasks, failed, workers, "Reading volumes" if progress else None)
     read = [(result.case, result.digest) for result in results if result.case is not None]
@@ -234,9 +236,9 @@ class _Result:
     evidence: Evidence | None = None
 
 
-def _inspect(task: tuple[Manifest, Case, int | None, bool]) -> _Result:
+def _inspect(task: tuple[Manifest, Case, int | None, bool, str]) -> _Result:
     """Reads one case and its label; whatever goes wrong becomes a problem."""
-    bare, case, channel, voxels = task
+    bare, case, channel, voxels, nan = task
     root = Path(bare.root)
     paths = [root / name for name in case.image]
     try:
@@ -249,6 +251,8 @@ def _inspect(task: tuple[Manifest, Case, int | None, bool]) -> _Result:
         digest, intensity, evidence = "", None, None
         if voxels:
             image = read_volume(paths, taken)
+            image = checks.without_nan(image) if nan == "zero" else image
+            notes += image.notes[len(header.notes) :]
             checks.check_image(image.array, paths[0])
             intensity, digest, evidence = _intensity(image.array), _digest(image), evidence_of(image.array)
         case = replace(

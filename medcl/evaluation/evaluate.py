@@ -40,7 +40,7 @@ def score_folder(
     out: Path,
     *,
     subjects: Collection[str] | None = None,
-    tolerance_mm: float = 1.0,
+    tolerance_mm: float | None = None,
     absent: str = "nothing",
     audit: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -54,7 +54,8 @@ def score_folder(
         manifest: says which cases have a reference, and where.
         out: folder for the two files.
         subjects: only these; None for all.
-        tolerance_mm: surface distance that NSD forgives, in mm.
+        tolerance_mm: surface distance that NSD forgives, in mm; None takes one voxel along the finest axis (the median
+            of the cases scored).
         absent: what a class counts that a reference and its prediction both lack, see `absence`.
         audit: the check that these predictions have gone through (`medcl.evaluation.checked`); without one, the result
             says that nothing is known of what made them.
@@ -66,7 +67,7 @@ def score_folder(
         MedclError: there is nothing to score. One prediction among others that cannot be scored (unreadable, another
             grid, labels that are not whole numbers) is logged, listed and left out.
     """
-    if not (math.isfinite(tolerance_mm) and tolerance_mm >= 0):
+    if tolerance_mm is not None and not (math.isfinite(tolerance_mm) and tolerance_mm >= 0):
         raise MedclError(f"{tolerance_mm} mm makes no sense", "--tolerance", "Give a length of 0 mm or more.")
     check_absent(absent)
     cases = [case for case in manifest.labelled if subjects is None or case.subject in subjects]
@@ -81,6 +82,9 @@ def score_folder(
             predictions,
             f"Files must be named after the case, such as {cases[0].id}.nii.gz: write them with `medcl predict`.",
         )
+    if tolerance_mm is None:
+        tolerance_mm = round(float(np.median([min(case.spacing) for case in scored])), 4)
+        log.info("NSD forgives %g mm, one voxel along the finest axis (--tolerance takes another).", tolerance_mm)
     named = {value: name for value, name in manifest.label_names.items() if value != 0}
     rows: list[Row] = []
     referenced: set[int] = set()

@@ -10,7 +10,7 @@ import torch
 from medcl.checkpoint import Contract, rebuild, weights_hash
 from medcl.config import PredictConfig
 from medcl.dataset.case import Case, Manifest, Problem
-from medcl.dataset.checks import check_image, whole_labels
+from medcl.dataset.checks import check_image, whole_labels, without_nan
 from medcl.dataset.modality import check_hounsfield
 from medcl.dataset.splits import Split, cases_of
 from medcl.errors import MedclError
@@ -24,7 +24,7 @@ from medcl.runtime.training import choose_accelerator
 from medcl.segmentation.module import class_scores
 from medcl.store.plan import round_up
 from medcl.store.prepare import prepare_image
-from medcl.store.stage import bar, describe, load_source, log_problems
+from medcl.store.stage import bar, describe, load_source, log_problems, tell_growth
 
 
 class Predictor:
@@ -88,6 +88,7 @@ def predict(config: PredictConfig) -> Path:
     predictor = Predictor(config.run, config.accelerator, config.precision, config.overlap, config.mirror)
     manifest = load_source(config.input, config.channel)
     log.info("%s: %s.", config.input, describe(manifest))
+    tell_growth(manifest, predictor.contract.plan, config.run)
     log_problems(manifest)
     cases = chosen_cases(manifest, config)
     return predict_cases(predictor, manifest, cases, Path(config.output))
@@ -108,6 +109,7 @@ def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, .
     for case in bar(iter(cases), len(cases), "predict"):
         try:
             volume = read_volume(manifest.image_paths(case), channel=case.channel)
+            volume = without_nan(volume) if predictor.contract.plan.nan == "zero" else volume
             check_image(volume.array, where=case.image[0])
             if predictor.contract.plan.normalise == "ct":
                 check_hounsfield(volume.array, case.image[0])
@@ -118,7 +120,7 @@ def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, .
             log.info("%s: %s.", case.id, note.rstrip("."))
         try:
             found = predictor(volume)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, MedclError) as error:
             what = f"could not be predicted ({' '.join(str(error).split())[:120]})"
             problems.append(
                 Problem(case.image[0], what, "If memory ran out, use a coarser spacing or --accelerator cpu.")

@@ -14,7 +14,7 @@ import numpy as np
 
 from medcl.dataset.body import SATURATED, Body, body_of, box_of, foreground_box, outside_box, slices_of, widened
 from medcl.dataset.case import Case, Manifest, Problem
-from medcl.dataset.checks import check_image, check_label, labelled_outside, whole_labels
+from medcl.dataset.checks import check_image, check_label, labelled_outside, whole_labels, without_nan
 from medcl.dataset.labels import read_label
 from medcl.dataset.modality import check_hounsfield
 from medcl.errors import MedclError
@@ -30,6 +30,7 @@ from medcl.store.signature import save_signature, sign, signature_path, voxel_ha
 from medcl.store.volumes import store_folder, write_volume
 
 PREPARE_VERSION = 1  # raise it when the code below changes what a prepared volume looks like
+LARGEST = float(np.finfo(np.float16).max)
 LUNG = -900.0  # HU; a CT's voxels above it within the body's box are tissue
 POINTS_PER_LABEL = 500
 
@@ -89,6 +90,9 @@ def prepare_image(
             spot of less than half a percent of the volume shows only then.
         label: label map on the same grid, of a volume to train on: what it labels stays in the crop. Without it, as in
             prediction, the image alone decides.
+
+    Raises:
+        MedclError: the body is nearly constant, so that scaled intensities do not fit the float16 of the store.
     """
     array = np.asarray(canonical.array, dtype=np.float32)
     if plan.n4 and plan.normalise != "ct":
@@ -118,6 +122,11 @@ def prepare_image(
         scale = image[image > body.tissue]
         scale = scale if scale.size and scale.std() > 0 else image
         image = (shown - scale.mean()) / max(float(scale.std()), 1e-6 * float(high - low))
+    if not np.abs(image).max() <= (LARGEST if clip else np.inf):
+        raise MedclError(
+            f"voxels from {array.min():g} to {array.max():g} cannot be scaled: the body is as good as constant", None,
+            "Check that it is a scan and not a mask, or leave it out.",
+        )  # fmt: skip
     affine = np.array(canonical.affine, dtype=float)
     affine[:3, 3] += affine[:3, :3] @ np.asarray(box[0], float)
     return PreparedImage(
@@ -162,13 +171,19 @@ def correct_bias(array: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     return ((array - lowest) / np.maximum(field, 1e-3) + lowest).astype(np.float32)
 
 
-def load_case(manifest: Manifest, case: Case) -> tuple[Volume, np.ndarray | None]:
+def load_case(manifest: Manifest, case: Case, nan: str = "reject") -> tuple[Volume, np.ndarray | None]:
     """Reads and checks a case: its image in RAS orientation, and its label map on that grid.
+
+    Args:
+        manifest: says where the case lies, and names label values.
+        case: one of its cases.
+        nan: as in `Plan`.
 
     Raises:
         MedclError: the image or the label cannot be used.
     """
     image = read_volume(manifest.image_paths(case), channel=case.channel)
+    image = without_nan(image) if nan == "zero" else image
     check_image(image.array, where=case.image[0])
     if not case.is_labelled:
         return to_canonical(image), None
@@ -178,7 +193,7 @@ def load_case(manifest: Manifest, case: Case) -> tuple[Volume, np.ndarray | None
 
 def prepare_case(manifest: Manifest, case: Case, plan: Plan, path: Path, signature: Path | None = None) -> None:
     """Prepares one case into `path` of the store, and signs its voxels, at hand here, into the file `signature`."""
-    image, label = load_case(manifest, case)
+    image, label = load_case(manifest, case, plan.nan)
     if plan.normalise == "ct":
         check_hounsfield(image.array, case.image[0])
     if signature is not None and not signature.exists():

@@ -6,6 +6,7 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from medcl.dataset.scan import scan as scan_folder
 from medcl.dataset.summary import grouped
 from medcl.errors import MedclError
 from medcl.runtime.run import log
-from medcl.store.plan import Plan, derive_plan, sized
+from medcl.store.plan import Plan, derive_plan, growth, sized
 from medcl.store.prepare import Stored
 from medcl.store.prepare import prepare as prepare_volumes
 from medcl.store.volumes import read_meta, store_folder
 
 MEASURED = 32  # volumes prepared to plan sizes
+GROWTH = 4.0  # in voxels; less is the ordinary spread of scanners
 SHOWN = 5  # problems logged one by one; all are in manifest.json
 
 
@@ -30,7 +32,7 @@ def scan(config: ScanConfig) -> Manifest:
     """Scans a folder and writes its manifest."""
     manifest = scan_folder(
         config.source, channel=config.channel, voxels=not config.quick, workers=config.workers or None,
-        progress=not config.json,
+        progress=not config.json, nan=config.nan,
     )  # fmt: skip
     if config.yes:
         manifest = manifest.confirmed()
@@ -85,12 +87,31 @@ def log_problems(manifest: Manifest, before: int = 0) -> None:
 
 def plan_for(
     manifest: Manifest, plan: str, *, device: str, n4: bool = False, spacing: Any = None, store: str = "",
-    workers: int = 0,
+    workers: int = 0, nan: str = "reject",
 ) -> Plan:  # fmt: skip
     """The plan a user names, or one derived: spacing from all headers, sizes from what cropping leaves of volumes."""
     if plan:
-        return Plan.load(plan)
-    return measured(manifest, derive_plan(manifest, spacing=spacing, n4=n4, device=device), device, store, workers)
+        named = with_nan(Plan.load(plan), nan)
+        tell_growth(manifest, named, plan)
+        return named
+    derived = with_nan(derive_plan(manifest, spacing=spacing, n4=n4, device=device), nan)
+    return measured(manifest, derived, device, store, workers)
+
+
+def with_nan(plan: Plan, nan: str) -> Plan:
+    """The plan with `nan` of the settings, where these ask for 0 in place of NaN."""
+    return replace(plan, nan="zero") if nan == "zero" else plan
+
+
+def tell_growth(manifest: Manifest, plan: Plan, where: object) -> None:
+    """Warns where the spacing of a plan that was made for other scans is far from that of these."""
+    own, factor = growth(manifest, plan)
+    if 1 / GROWTH < factor < GROWTH:
+        return
+    theirs, ours = (" x ".join(f"{mm:g}" for mm in spacing) for spacing in (plan.spacing, own))
+    change = f"grow {factor:.3g} x" if factor > 1 else f"shrink {1 / factor:.3g} x"
+    log.warning("%s resamples to %s mm, and these scans have %s mm: they %s in voxels. Better pretrain on scans like "
+                "these.", where, theirs, ours, change)  # fmt: skip
 
 
 def measured(manifest: Manifest, plan: Plan, device: str, store: str = "", workers: int = 0) -> Plan:
@@ -180,7 +201,7 @@ def prepare(config: PrepareConfig) -> tuple[list[Stored], Plan]:
     log_problems(manifest)
     plan = plan_for(
         manifest, config.plan, device="cpu", n4=config.n4, spacing=config.spacing, store=config.store,
-        workers=config.workers,
+        workers=config.workers, nan=config.nan,
     )  # fmt: skip
     stored, _ = prepare_all(manifest, plan, config.store, config.workers, dask=config.dask)
     root = store_folder(config.store)

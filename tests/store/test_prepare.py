@@ -301,3 +301,52 @@ def test_lungs_cut_off_by_the_window_are_told():
     array[8:22, 8:22, 8:22] = rng.normal(-820, 20, (14, 14, 14))
     ((what, _),) = prepare_image(Volume(array, np.eye(4)), Plan(normalise="ct")).told
     assert what.startswith("20% of the body lies outside the plan's window")
+
+
+def test_voxels_that_overflow_are_refused_before_the_store_is_written(tmp_path):
+    rng = np.random.default_rng(0)
+    array = rng.normal(100, 10, (12, 12, 12))
+    blob = np.zeros(array.shape)
+    blob[4:8, 4:8, 4:8] = 1e6 + rng.normal(0, 0.1, (4, 4, 4))
+    volumes = {"beyond": array * 1e300, "blob": blob, "large": (array * 1e30).astype(np.float32), "plain": array}
+    for name, voxels in volumes.items():
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    plan = dataclasses.replace(PLAN, spacing=(1.0, 1.0, 1.0))
+    stored, left = prepare(load_source(str(tmp_path)), plan, store=tmp_path / "store", workers=1)
+    told = {problem.file: problem.what for problem in left.problems}
+    assert "beyond what float32 holds" in told["beyond.nii.gz"] and "as good as constant" in told["blob.nii.gz"]
+    large, plain = (open_volume(item.path).image() for item in stored)
+    assert [item.case.id for item in stored] == ["large", "plain"]
+    np.testing.assert_allclose(large, plain, atol=0.01)
+
+
+def test_nan_is_rejected_or_taken_as_zero(tmp_path):
+    rng = np.random.default_rng(0)
+    array = rng.normal(100, 10, (12, 12, 12)).astype(np.float32)
+    nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / "whole.nii.gz")
+    array[:2], array[5, 5, 5] = np.nan, np.inf
+    nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / "holed.nii.gz")
+    filled = np.where(np.isfinite(array), array, 0)
+    manifest = load_source(str(tmp_path))
+    zero = dataclasses.replace(PLAN, nan="zero")
+    assert set(zero.preparation()) - set(PLAN.preparation()) == {"nan"}  # other stores keep their keys
+    (first,), left = prepare(manifest, PLAN, store=tmp_path / "store", workers=1)
+    assert first.case.id == "whole" and "289 voxels are NaN" in left.problems[0].what
+    assert "--nan zero" in left.problems[0].remedy
+    (holed, _), left = prepare(manifest, zero, store=tmp_path / "store", workers=1)
+    want = prepare_image(Volume(filled, np.eye(4)), zero).image.astype(np.float16)
+    assert left.problems == () and np.array_equal(open_volume(holed.path).image(), want)
+    assert open_volume(holed.path).meta["notes"] == ["289 voxels that are NaN or infinite were taken as 0"]
+    quick = stage.plan_for(manifest, "", device="cpu", store=str(tmp_path / "store"), workers=1, nan="zero")
+    assert quick.nan == "zero" and len(stage.scan_folder(tmp_path, nan="zero", workers=1).cases) == 2
+
+
+@pytest.mark.parametrize("spacing,told", [(0.5, "grow 8 x"), (4.0, "shrink 64 x"), (1.2, None)])
+def test_a_plan_for_another_spacing_is_told_with_its_factor(tmp_path, caplog, spacing, told):
+    image = np.random.default_rng(0).uniform(500, 900, (12, 12, 12)).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "a.nii.gz")
+    stage.tell_growth(load_source(str(tmp_path)), Plan(spacing=(spacing,) * 3), "runs/pre")
+    warnings = [record.getMessage() for record in caplog.records if "voxels" in record.getMessage()]
+    assert len(warnings) == (told is not None)
+    if told:
+        assert told in warnings[0] and warnings[0].startswith("runs/pre resamples to") and "1 x 1 x 1 mm" in warnings[0]
