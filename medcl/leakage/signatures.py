@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medcl.dataset.case import Case, Manifest
-from medcl.dataset.checks import check_image, without_nan
+from medcl.dataset.checks import check_image
 from medcl.errors import MedclError
 from medcl.io.geometry import to_canonical
 from medcl.io.volumes import read_volume
@@ -48,7 +48,7 @@ def signatures(
 def _sign(task: tuple[Manifest, Case, Path]) -> bool:
     manifest, case, path = task
     try:
-        image = without_nan(read_volume(manifest.image_paths(case), channel=case.channel))  # whether used or left out
+        image = read_volume(manifest.image_paths(case), channel=case.channel)
         check_image(image.array, where=case.image[0])
     except MedclError:
         return False

@@ -34,8 +34,8 @@ from medcl.mil.slides import Tiling
 from medcl.runtime.files import write_json, write_rows
 from medcl.runtime.run import log
 from medcl.runtime.training import choose_accelerator, hours
+from medcl.store.image import prepare_image
 from medcl.store.plan import Plan, round_up
-from medcl.store.prepare import prepare_image
 
 
 def prepare_bags(config: MILPrepareConfig) -> Path:

@@ -22,8 +22,8 @@ from medcl.runtime.precision import choose_precision
 from medcl.runtime.run import log, setup_log
 from medcl.runtime.training import choose_accelerator
 from medcl.segmentation.module import class_scores
+from medcl.store.image import prepare_image
 from medcl.store.plan import round_up
-from medcl.store.prepare import prepare_image
 from medcl.store.stage import bar, describe, load_source, log_problems, tell_growth
 
 

@@ -13,8 +13,9 @@ import pytest
 from medcl.dataset.scan import scan
 from medcl.segmentation.module import channel_table
 from medcl.segmentation.planning import label_values
+from medcl.store.image import PreparedImage
 from medcl.store.plan import Plan
-from medcl.store.prepare import PreparedImage, prepare
+from medcl.store.prepare import prepare
 from medcl.store.stage import load_source
 from medcl.store.volumes import open_volume
 

@@ -14,8 +14,9 @@ from medcl.errors import MedclError
 from medcl.io.geometry import Volume, to_canonical
 from medcl.io.resample import resample_labels, resample_linear, resampled_affine
 from medcl.store import stage
+from medcl.store.image import correct_bias, prepare_image
 from medcl.store.plan import Plan, derive_plan
-from medcl.store.prepare import correct_bias, prepare, prepare_image
+from medcl.store.prepare import prepare
 from medcl.store.stage import load_source, plan_for
 from medcl.store.volumes import open_volume
 
