@@ -19,6 +19,7 @@ class DataSettings:
             or `~/.cache/medcl`.
         channel: which channel of 4D files to take.
         yes: take what was guessed of the scans where `medcl scan` asks.
+        nan: reject leaves out volumes with NaN or infinite voxels, zero takes those as 0 (in a CT: water).
     """
 
     plan: str = ""
@@ -26,6 +27,7 @@ class DataSettings:
     store: str = ""
     channel: int | None = None
     yes: bool = False
+    nan: Literal["reject", "zero"] = "reject"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,8 @@ class EvaluateConfig(Settings):
         subjects: of a run: test, or val for its validation subjects, scored into `RUN/val`.
         reference: folder of labelled scans, or a manifest; by default the one the run was trained on.
         out: where to write evaluation.csv and evaluation.json; by default beside the predictions.
-        tolerance: tolerance of the normalised surface distance in mm.
+        tolerance: tolerance of the normalised surface distance in mm; by default one voxel along the finest axis (the
+            median of the cases scored).
         allow_leakage: go on where test volumes were seen in training; every result is then marked.
         channel: which channel of 4D files to take.
         absent: what a structure counts that reference and prediction both lack: nothing, or one (Dice and NSD of 1).
@@ -55,7 +56,7 @@ class EvaluateConfig(Settings):
     reference: str = ""
     out: str = ""
     subjects: Literal["test", "val"] = "test"
-    tolerance: NonNegative = 1.0
+    tolerance: NonNegative | None = None
     allow_leakage: bool = False
     channel: int | None = None
     absent: Absent = "nothing"

@@ -28,6 +28,7 @@ class ScanConfig(Settings):
         quick: read headers only, no voxels.
         json: print a machine-readable summary instead of the tables.
         yes: take what was guessed where the scan asks; the manifest then counts as confirmed.
+        nan: reject sets volumes with NaN or infinite voxels aside, zero takes those voxels as 0.
         workers: processes; 0 takes one a core.
     """
 
@@ -41,6 +42,7 @@ class ScanConfig(Settings):
     quick: bool = False
     json: bool = False
     yes: bool = False
+    nan: Literal["reject", "zero"] = "reject"
     workers: Natural = 0
 
 

@@ -1,17 +1,18 @@
-"""The label map of a case: one file, or several binary masks that make one."""
+"""The label map of a case, one file or several binary masks that make one; and the names of its values."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from medcl.dataset.case import Case, Manifest
-from medcl.dataset.checks import check_grid, check_label_values
+from medcl.dataset.case import Case, Manifest, Problem
+from medcl.dataset.checks import check_grid, check_label_values, values_of
 from medcl.errors import MedclError
-from medcl.io.geometry import Volume
-from medcl.io.volumes import read_volume
+from medcl.io.geometry import Header, Volume
+from medcl.io.volumes import read_header, read_volume
 
 
 def read_label(manifest: Manifest, case: Case) -> Volume:
@@ -25,7 +26,7 @@ def read_label(manifest: Manifest, case: Case) -> Volume:
     """
     paths = manifest.label_paths(case)
     if paths:
-        return read_volume(paths)
+        return read_label_file(*paths)
     if not case.masks:
         raise MedclError("has no label map", case.id, "Name it in a table.")
     return _merged(case.masks, Path(manifest.root), {name: value for value, name in manifest.label_names.items()})
@@ -35,19 +36,65 @@ def _merged(masks: Sequence[tuple[str, str]], root: Path, values: dict[str, int]
     merged: Volume | None = None
     overlap = 0
     for name, file in masks:
-        mask = read_volume([root / file])
+        mask = read_label_file(root / file)
         check_label_values(mask.array, root / file)
-        inside = np.rint(mask.array) > 0
-        if len(np.unique(mask.array[inside])) > 1:
+        if len(values_of(mask.array)) > 1:
             raise MedclError("is one of several masks of an image, and holds several values", root / file,
                              "Give it alone as the `label` of a table.")  # fmt: skip
         if merged is None:
             largest = max(values.values())
             merged = Volume(np.zeros(mask.shape, np.uint8 if largest < 256 else np.uint16), mask.affine)
-        check_grid(mask, merged, root / file)
+        inside = np.rint(check_grid(mask, merged, root / file).array) > 0
         overlap += int((merged.array[inside] > 0).sum())
         merged.array[inside] = values[name]
     assert merged is not None
     if overlap:
         merged.notes = (f"masks overlap in {overlap} voxels: each takes the last mask of the list",)
     return merged
+
+
+def read_label_header(*paths: Path) -> Header:
+    """Reads the header of a label map: one file, or a header and its file of voxels.
+
+    Raises:
+        MedclError: as `medcl.io.volumes.read_header`; or the map has several channels.
+    """
+    header = read_header(paths)
+    if len(header.shape) > 3:
+        raise MedclError(
+            f"is a label map of {header.shape[3]} channels (one for each class?)", paths[0],
+            "Write it as one 3D map of class numbers: numpy.argmax over the channels, the background being the first.",
+        )  # fmt: skip
+    return header
+
+
+def read_label_file(*paths: Path) -> Volume:
+    """Reads a label map as it is stored; raises as `read_label_header` and `medcl.io.volumes.read_volume`."""
+    read_label_header(*paths)
+    return read_volume(paths)
+
+
+def label_names(labels: Any) -> dict[int, str]:
+    """The names in the `labels` of a dataset.json: `{"1": "liver"}` as the Decathlon writes it, or `{"liver": 1}`."""
+    names: dict[int, str] = {}
+    for key, value in labels.items() if isinstance(labels, dict) else ():
+        if str(key).isdigit() and isinstance(value, str):
+            names[int(key)] = value
+        elif isinstance(value, int) or str(value).isdigit():
+            names[int(value)] = str(key)
+    return dict(sorted(names.items()))
+
+
+def unsupported_labels(labels: Any, file: str) -> Problem | None:
+    """What in the `labels` of a dataset.json medcl cannot train on: nnU-Net's regions and its ignored label."""
+    for key, value in labels.items() if isinstance(labels, dict) else ():
+        remedy = "Write 0 where it stands in the label maps, or leave those cases out, and remove the entry."
+        if isinstance(value, (list, tuple)):
+            what = f"label {key!r} is a region of several values, {list(value)}, as of nnU-Net"
+            remedy = 'Name every value by itself, such as "edema": 2; regions can be joined after prediction.'
+        elif "ignore" in (str(key).lower(), str(value).lower()):
+            what = f"label {key!r}: {value!r} is nnU-Net's ignored label"
+        else:
+            continue
+        return Problem(file, f"{what}, which is not supported: all label maps are left out", remedy)
+    return None

@@ -16,6 +16,7 @@ from typing import Any
 from medcl.dataset import naming
 from medcl.dataset.by_names import cases_by_names, doubts, named_subjects
 from medcl.dataset.case import Case, Problem
+from medcl.dataset.labels import label_names, unsupported_labels
 from medcl.dataset.structure import read_subjects
 from medcl.errors import MedclError
 from medcl.io.formats import format_of
@@ -32,6 +33,7 @@ class Layout:
         cases: images with subject and label; headers are not read yet. Sorted by id, ids unique.
         label_names: name of every label value that the data set names.
         problems: missing images and labels, and label maps that belong to no image.
+        refused_labels: why no label map of the data set can be used, or None.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Layout:
     cases: tuple[Case, ...]
     label_names: dict[int, str] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    refused_labels: Problem | None = None
 
 
 def detect(root: str | Path, files: Iterable[str], channel: int | None = None) -> Layout:
@@ -155,7 +158,8 @@ def _msd(root: Path, files: list[str], channel: int | None) -> Layout | None:
         f"{kind} layout (dataset.json): labels are the files of the same name in labelsTr, and every image is its own "
         "subject (save for frame, session, side and modality endings), because the layout names no people"
     )
-    return Layout("msd", rule, tuple(cases), _label_names(data.get("labels")), tuple(problems))
+    refused = unsupported_labels(data.get("labels"), f"{base}dataset.json")
+    return Layout("msd", rule, tuple(cases), label_names(data.get("labels")), tuple(problems), refused)
 
 
 def _listed(data: dict[str, Any], base: str) -> dict[str, str | None]:
@@ -177,17 +181,6 @@ def _list(value: Any) -> list[Any]:
 def _modality(channels: Any) -> str:
     text = " ".join(map(str, channels.values() if isinstance(channels, dict) else _list(channels))).lower()
     return "CT" if re.search(r"\bct\b", text) else "MR" if re.search(r"mr|t1|t2|flair|adc|dwi", text) else "unknown"
-
-
-def _label_names(labels: Any) -> dict[int, str]:
-    """`{"0": "background"}` as the Decathlon writes it, or `{"background": 0}` as nnU-Net does."""
-    names: dict[int, str] = {}
-    for key, value in labels.items() if isinstance(labels, dict) else ():
-        if str(key).isdigit() and isinstance(value, str):
-            names[int(key)] = value
-        elif isinstance(value, int):
-            names[value] = str(key)
-    return dict(sorted(names.items()))
 
 
 _ACDC = re.compile(r"^(?:(.*)/)?(patient\d{3})/\2_(frame\d+)(_gt)?\.nii(\.gz)?$")
@@ -259,8 +252,9 @@ def _bids(root: Path, files: list[str], channel: int | None) -> Layout | None:
         else:
             label_of[fits[0][0]] = name
 
+    kinds = {"ct": "CT", "pet": "PET"}
     cases = [
-        _case(name, f"sub-{entities['sub']}", label=label_of.get(name), modality="CT" if kind == "ct" else "MR")
+        _case(name, f"sub-{entities['sub']}", label=label_of.get(name), modality=kinds.get(kind, "MR"))
         for name, entities, kind in images
     ]
     skipped = len(files) - len(parsed)

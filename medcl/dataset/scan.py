@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from medcl.dataset import checks, layouts
+from medcl.dataset.body import labelled_outside
 from medcl.dataset.case import Case, Manifest, Problem
 from medcl.dataset.find import Found, choose, find
-from medcl.dataset.labels import read_label
+from medcl.dataset.labels import read_label, read_label_header
 from medcl.dataset.layouts import Layout
+from medcl.dataset.modality import Evidence, evidence_of, settled
 from medcl.dataset.outlines import names_of
 from medcl.dataset.passed_over import passed_over
 from medcl.dataset.roles import check_no_label
@@ -43,6 +45,7 @@ def scan(
     exclude: Sequence[str] = (),
     channel: int | None = None,
     voxels: bool = True,
+    nan: str = "reject",
     workers: int | None = None,
     progress: bool = False,
 ) -> Manifest:
@@ -57,7 +60,8 @@ def scan(
         include, exclude: patterns of paths (`*_t1.nii.gz`, `derivatives/*`): which alone to take, which to leave out.
         channel: which channel or frame of 4D images to take; without it they are set aside.
         voxels: also read the voxels (intensity range, NaN, truncation, label values); without it only headers are
-            read, which is quick but finds less.
+            read, and a few volumes to tell CT from others, which is quick but finds less.
+        nan: `zero` takes voxels that are NaN or infinite as 0; `reject` sets such volumes aside.
         workers: processes that read; by default one per available core.
         progress: show a progress bar.
 
@@ -81,9 +85,12 @@ def scan(
         layout = layouts.detect(root, found.volumes, channel)
         series = find_series(root, found.dicom, layout.label_names, workers, progress)
     cases = [*layout.cases, *series.cases]
+    if layout.refused_labels is not None:
+        cases = [replace(case, label=None, masks=()) for case in cases]
+        series.problems.append(layout.refused_labels)
 
     bare = Manifest(str(root), layout.name, "", (), label_names=series.label_names)  # what a worker needs of it
-    tasks = [(bare, case, channel, voxels) for case in cases]
+    tasks = [(bare, case, channel, voxels, nan) for case in cases]
     failed = [_Result(None, (_crashed(case),)) for case in cases]
     results = map_safely(_inspect, tasks, failed, workers, "Reading volumes" if progress else None)
     read = [(result.case, result.digest) for result in results if result.case is not None]
@@ -96,18 +103,21 @@ def scan(
         series_rule = "DICOM: one case per series, the subject is the hashed patient number"
         series_rule += ", labels are SEG objects" if any(case.is_labelled for case in series.cases) else ""
         rule = f"{rule}; {series_rule}" if rule else series_rule
-    return Manifest(
+    manifest = Manifest(
         root=str(root),
         layout=layout.name if layout.cases or not series.cases else "dicom",
         rule=rule,
         cases=tuple(sorted(kept, key=lambda case: case.id)),
         problems=(
-            *found.problems, *layout.problems, *series.problems, *(p for r in results for p in r.problems), *twins
+            *found.problems,
+            *layout.problems,
+            *series.problems,
+            *(p for r in results for p in r.problems),
+            *twins,
         ),
         label_names=series.label_names,
     )
-
-
+    return settled(manifest, {r.case.id: r.evidence for r in results if r.case and r.evidence} if voxels else None)
 
 
 def _crashed(case: Case) -> Problem:
@@ -116,17 +126,18 @@ def _crashed(case: Case) -> Problem:
 
 @dataclass
 class _Result:
-    """A case with its header filled in, or None; and a digest of its voxels where they were read."""
+    """A case with its header filled in, or None; of voxels that were read a digest, and whether they are HU."""
 
     case: Case | None
     problems: tuple[Problem, ...] = ()
     digest: str = ""
     label_digest: str = ""
+    evidence: Evidence | None = None
 
 
-def _inspect(task: tuple[Manifest, Case, int | None, bool]) -> _Result:
+def _inspect(task: tuple[Manifest, Case, int | None, bool, str]) -> _Result:
     """Reads one case and its label; whatever goes wrong becomes a problem."""
-    bare, case, channel, voxels = task
+    bare, case, channel, voxels, nan = task
     root = Path(bare.root)
     if case.format != "dicom":
         files = volume_files(root / case.image[0])
@@ -139,12 +150,14 @@ def _inspect(task: tuple[Manifest, Case, int | None, bool]) -> _Result:
         if taken is not None:
             notes += (f"channel {taken} of {header.shape[3]}",)
         image = header.blank()
-        digest, intensity = "", None
+        digest, intensity, evidence = "", None, None
         if voxels:
             image = read_volume(paths, taken)
+            image = checks.without_nan(image) if nan == "zero" else image
+            notes += image.notes[len(header.notes) :]
             checks.check_image(image.array, paths[0])
             check_no_label(image.array, bare.layout, paths[0])
-            intensity, digest = _intensity(image.array), _digest(image)
+            intensity, digest, evidence = _intensity(image.array), _digest(image), evidence_of(image.array)
         case = replace(
             case,
             channel=taken,
@@ -154,34 +167,35 @@ def _inspect(task: tuple[Manifest, Case, int | None, bool]) -> _Result:
             affine=tuple(tuple(float(number) for number in row) for row in header.affine),
             dtype=header.dtype,
             intensity=intensity,
-            modality=_modality(header.modality, case, intensity),
+            modality=header.modality if header.modality != "unknown" else case.modality,
             notes=notes,
         )
     except Exception as error:
         return _Result(None, (_problem_of(root, error, case.image[0]),))
     if not case.is_labelled:
-        return _Result(case, (), digest)
+        return _Result(case, (), digest, evidence=evidence)
     first = case.label_files[0]
     try:
         path = root / first
         if voxels:
             found = read_label(bare, case)
-            checks.check_label(found, image, path)
-            if not found.array.any():
+            label = checks.check_label(found, image, path, bare.label_names).array
+            case = replace(case, notes=(*case.notes, *found.notes) if case.masks else case.notes)
+            if not label.any():
                 what = "the label map holds background only"
                 empty = Problem(first, what, "Check that it is meant so; it counts as labelled.", aside=False)
-                return _Result(case, (empty,), digest)
-            case = replace(case, notes=(*case.notes, *found.notes) if case.masks else case.notes)
-            return _Result(case, (), digest, _digest(found))
+                return _Result(case, (empty,), digest, evidence=evidence)
+            if outside := labelled_outside(image.array, label, _as_ct(case, evidence)):
+                cut = checks.labelled_outside(outside, int(np.count_nonzero(label)))
+                return _Result(case, (Problem(first, *cut, aside=False),), digest, _digest(found), evidence)
+            return _Result(case, (), digest, _digest(found), evidence)
         else:
-            label = read_header(bare.label_paths(case) or [path])
-            pick_channel(label, None, path)
-            checks.check_grid(label.blank(), image, path)
+            checks.check_grid(read_label_header(*(bare.label_paths(case) or [path])).blank(), image, path)
     except Exception as error:
         problem = _problem_of(root, error, first)
         lost = replace(problem, what=f"{problem.what}; its image {case.image[0]} is kept as unlabelled")
-        return _Result(replace(case, label=None, masks=()), (lost,), digest)
-    return _Result(case, (), digest)
+        return _Result(replace(case, label=None, masks=()), (lost,), digest, evidence=evidence)
+    return _Result(case, (), digest, evidence=evidence)
 
 
 def _problem_of(root: Path, error: Exception, path: str) -> Problem:
@@ -203,13 +217,5 @@ def _digest(image: Volume) -> str:
     return digest.hexdigest()
 
 
-def _modality(header: str, case: Case, intensity: Sequence[float] | None) -> str:
-    """The file's own word, else the layout's, else CT where there is air at -1000 HU.
-
-    DICOM says its modality: what is neither MR, CT nor PET there is none of them, whatever its intensities.
-    """
-    if header != "unknown":
-        return header
-    if case.modality != "unknown" or case.format == "dicom":
-        return case.modality
-    return "CT" if intensity is not None and intensity[0] <= -500 else "unknown"
+def _as_ct(case: Case, evidence: Evidence | None) -> bool:
+    return evidence is not None and (evidence.units == "HU" or (case.modality == "CT" and evidence.can_be_hu))

@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from medcl.dataset.case import Case, Manifest
-from medcl.dataset.checks import check_grid, check_label_values
-from medcl.dataset.labels import read_label
+from medcl.dataset.checks import check_grid, check_label_values, values_of, whole_labels
+from medcl.dataset.labels import read_label, read_label_file
 from medcl.errors import MedclError
 from medcl.evaluation import statistics
 from medcl.evaluation.absence import COUNTS, INSTEAD, absences, check_absent, how_absent, other_rule, with_absence_rule
 from medcl.evaluation.metrics import MEASURES, OUTCOMES, segmentation_scores
 from medcl.evaluation.statistics import Interval, bootstrap_mean, counted
 from medcl.io.formats import volume_suffix
-from medcl.io.geometry import Volume, to_canonical
-from medcl.io.volumes import read_volume
+from medcl.io.geometry import Volume
 from medcl.leakage.audit import checked, notes_on
 from medcl.runtime.files import read_json, write_json, write_text
 from medcl.runtime.run import log
@@ -42,7 +40,7 @@ def score_folder(
     out: Path,
     *,
     subjects: Collection[str] | None = None,
-    tolerance_mm: float = 1.0,
+    tolerance_mm: float | None = None,
     absent: str = "nothing",
     audit: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -56,7 +54,8 @@ def score_folder(
         manifest: says which cases have a reference, and where.
         out: folder for the two files.
         subjects: only these; None for all.
-        tolerance_mm: surface distance that NSD forgives, in mm.
+        tolerance_mm: surface distance that NSD forgives, in mm; None takes one voxel along the finest axis (the median
+            of the cases scored).
         absent: what a class counts that a reference and its prediction both lack, see `absence`.
         audit: the check that these predictions have gone through (`medcl.evaluation.checked`); without one, the result
             says that nothing is known of what made them.
@@ -68,7 +67,7 @@ def score_folder(
         MedclError: there is nothing to score. One prediction among others that cannot be scored (unreadable, another
             grid, labels that are not whole numbers) is logged, listed and left out.
     """
-    if not (math.isfinite(tolerance_mm) and tolerance_mm >= 0):
+    if tolerance_mm is not None and not (math.isfinite(tolerance_mm) and tolerance_mm >= 0):
         raise MedclError(f"{tolerance_mm} mm makes no sense", "--tolerance", "Give a length of 0 mm or more.")
     check_absent(absent)
     cases = [case for case in manifest.labelled if subjects is None or case.subject in subjects]
@@ -83,6 +82,9 @@ def score_folder(
             predictions,
             f"Files must be named after the case, such as {cases[0].id}.nii.gz: write them with `medcl predict`.",
         )
+    if tolerance_mm is None:
+        tolerance_mm = round(float(np.median([min(case.spacing) for case in scored])), 4)
+        log.info("NSD forgives %g mm, one voxel along the finest axis (--tolerance takes another).", tolerance_mm)
     named = {value: name for value, name in manifest.label_names.items() if value != 0}
     rows: list[Row] = []
     referenced: set[int] = set()
@@ -269,10 +271,10 @@ def _score_case(
     prediction: Path, manifest: Manifest, case: Case, named: Mapping[int, str], tolerance_mm: float
 ) -> tuple[list[Row], set[int]]:
     """The rows of one case, for named classes and any other found in it, and the values its reference holds."""
-    predicted = _as_integers(read_volume([prediction]), prediction)
+    predicted = _as_integers(read_label_file(prediction), prediction)
     reference = _as_integers(read_label(manifest, case), case.label_files[0])
     try:
-        check_grid(predicted, reference, prediction)
+        predicted = check_grid(predicted, reference, prediction)
     except MedclError as error:
         raise MedclError(
             f"is not on the grid of its reference: {error.what.replace('its image', 'the reference')}".replace(
@@ -281,23 +283,16 @@ def _score_case(
             prediction,
             "Predict on the image that the reference was drawn on, with `medcl predict`.",
         ) from None
-    values = _values(reference.array)
-    classes = {value: named.get(value, f"class {value}") for value in {*named, *values, *_values(predicted.array)}}
+    values = values_of(reference.array)
+    classes = {value: named.get(value, f"class {value}") for value in {*named, *values, *values_of(predicted.array)}}
     scores = segmentation_scores(predicted.array, reference.array, classes, reference.spacing, tolerance_mm)
     return [{"case": case.id, "subject": case.subject, **score} for score in scores], values
 
 
 def _as_integers(volume: Volume, where: object) -> Volume:
-    """A label map as integers. Canonical, so that a prediction stored with other axes still lines up."""
-    volume = to_canonical(volume)
+    """A label map as integers."""
     check_label_values(volume.array, where)
-    if volume.array.dtype.kind == "f":
-        volume.array = np.rint(volume.array).astype(np.int32)
-    return volume
-
-
-def _values(labels: NDArray[Any]) -> set[int]:
-    return {int(value) for value in np.unique(labels) if value != 0}
+    return Volume(whole_labels(volume.array), volume.affine)
 
 
 def _complete(rows: Sequence[Row], cases: Sequence[Case], classes: Mapping[int, str]) -> list[Row]:

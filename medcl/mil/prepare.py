@@ -21,7 +21,8 @@ import torch.nn.functional as F
 
 from medcl.checkpoint import load_weights
 from medcl.config.mil import MILPrepareConfig
-from medcl.dataset.checks import check_image
+from medcl.dataset.checks import check_image, without_nan
+from medcl.dataset.modality import check_hounsfield
 from medcl.errors import MedclError
 from medcl.io.geometry import to_canonical
 from medcl.io.volumes import read_volume
@@ -33,8 +34,8 @@ from medcl.mil.slides import Tiling
 from medcl.runtime.files import write_json, write_rows
 from medcl.runtime.run import log
 from medcl.runtime.training import choose_accelerator, hours
+from medcl.store.image import prepare_image
 from medcl.store.plan import Plan, round_up
-from medcl.store.prepare import prepare_image
 
 
 def prepare_bags(config: MILPrepareConfig) -> Path:
@@ -165,11 +166,14 @@ def volume_features(
             "is a volume", bag.path, "Give --encoder the run folder of `medcl pretrain`, or --instances slices."
         )
     volume = read_volume([bag.path])
+    volume = without_nan(volume) if plan is not None and plan.nan == "zero" else volume
     check_image(volume.array, where=str(bag.path))
     canonical = to_canonical(volume)
     if plan is None or not isinstance(encoder, VolumeEncoder):
         found = slices(np.asarray(canonical.array, dtype=np.float32), config.tile)
         return Features(encode(found, encoder, device), found.coordinates, encoder.identity, found.meta)
+    if plan.normalise == "ct":
+        check_hounsfield(volume.array, str(bag.path))
     image = prepare_image(canonical, plan).image
     multiple, meta = encoder.backbone.multiple, {"plan": json.dumps(dataclasses.asdict(plan))}
     if config.instances == "cells":

@@ -7,12 +7,15 @@ joint form trains both by the sum of the two losses from the start.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from medcl.errors import MedclError
 from medcl.networks.backbones import Backbone
 from medcl.pretext.base import Pairs, PretextTask, Tensors
 from medcl.pretext.checks import Checks
@@ -55,10 +58,12 @@ class GlobalLocal(PretextTask):
         super().__init__(backbone, plan, options)
         chosen: GlobalLocalOptions = self.options
         check_options(chosen)
-        whole = GlobalContrast(backbone, plan, chosen.global_contrast)
+        with options_below("global_contrast"):
+            whole = GlobalContrast(backbone, plan, chosen.global_contrast)
         joint = chosen.mode == "joint"
         shared = {"size": list(whole.size), "partitions": list(whole.partitions), "freeze_encoder": not joint}
-        local = LocalContrast(backbone, plan, {**shared, **chosen.local_contrast})
+        with options_below("local_contrast"):
+            local = LocalContrast(backbone, plan, {**shared, **chosen.local_contrast})
         self.parts: dict[str, PretextTask] = {"global": whole, "local": local}
         for part in self.parts.values():
             lend_backbone(part)
@@ -140,6 +145,19 @@ def of(name: str, tensors: Tensors) -> Tensors:
 def present(tensors: Tensors) -> tuple[str, ...]:
     """The parts, `global` and `local`, that have tensors among these."""
     return tuple(name for name in ("global", "local") if any(key.startswith(f"{name}.") for key in tensors))
+
+
+@contextmanager
+def options_below(part: str) -> Iterator[None]:
+    """Names options as the user gives them here: those of a part stand below its name."""
+    try:
+        yield
+    except MedclError as error:
+        where, remedy = (
+            str(text).replace("--options.", f"--options.{part}.") if text is not None else None
+            for text in (error.where, error.remedy)
+        )
+        raise MedclError(error.what, where, remedy) from None
 
 
 def check_options(options: GlobalLocalOptions) -> None:

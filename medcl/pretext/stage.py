@@ -30,7 +30,7 @@ from medcl.store.crops import Partitions, ReadDataset
 from medcl.store.plan import Plan
 from medcl.store.prepare import Stored
 from medcl.store.signature import subject_hash
-from medcl.store.stage import plan_for
+from medcl.store.stage import plan_for, tell_growth, with_nan
 from medcl.store.volumes import read_meta
 from medcl.study import Study
 
@@ -120,10 +120,14 @@ def subjects_of(study: Study[PretrainConfig]) -> tuple[tuple[str, ...], Split | 
 def new_plan(study: Study[PretrainConfig], contract: Contract | None) -> Plan:
     """The plan by these scans; with pretrained weights theirs, for volumes of this size."""
     config = study.config
-    plan = plan_for(study.manifest, config.plan, device=study.accelerator, n4=config.n4, store=config.store)
+    plan = plan_for(study.manifest, config.plan, device=study.accelerator, n4=config.n4, store=config.store,
+                    nan=config.nan)  # fmt: skip
     if config.spatial_dims == 2:
         plan = plan.slicewise()
-    return replace(contract.plan, volume_size=plan.volume_size, labels=plan.labels) if contract else plan
+    if contract is None:
+        return plan
+    tell_growth(study.manifest, contract.plan, config.init)
+    return with_nan(replace(contract.plan, volume_size=plan.volume_size, labels=plan.labels), config.nan)
 
 
 def options_of(config: PretrainConfig, kind: type[PretextTask], previous_run: Path | None) -> dict[str, Any]:

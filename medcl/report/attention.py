@@ -142,8 +142,8 @@ def volume_map(path: Path, corners: np.ndarray, attention: np.ndarray, meta: dic
     from medcl.io.nifti import write_nifti
     from medcl.io.resample import resample_linear
     from medcl.io.volumes import read_volume
+    from medcl.store.image import prepare_image
     from medcl.store.plan import Plan
-    from medcl.store.prepare import prepare_image
 
     volume = read_volume([meta["source"]])
     plan = Plan.from_dict(json.loads(meta["plan"]), meta["source"])

@@ -55,8 +55,8 @@ def _of_volume(source: Path, corners: np.ndarray, meta: dict[str, Any]) -> Pictu
     """Axial slices of the prepared volume, front up, the patient's right on the left, the sub-volume outlined."""
     from medcl.io.geometry import to_canonical
     from medcl.io.volumes import read_volume
+    from medcl.store.image import prepare_image
     from medcl.store.plan import Plan
-    from medcl.store.prepare import prepare_image
 
     plan = Plan.from_dict(json.loads(meta["plan"]), str(source))
     image = prepare_image(to_canonical(read_volume([source])), plan).image

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medcl.dataset.body import AIR
 from medcl.dataset.case import Case, Manifest
 from medcl.dataset.labels import read_label
 from medcl.errors import MedclError
 from medcl.io.geometry import to_canonical
 from medcl.io.volumes import read_volume
 from medcl.report.figures import ORANGE, SKY, literal, new_figure, to_uri
-from medcl.store.prepare import AIR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

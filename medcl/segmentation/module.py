@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 
 from medcl.config import FinetuneConfig
+from medcl.dataset.checks import LARGEST_LABEL
 from medcl.losses.segmentation import dice_ce, shares
 from medcl.networks.backbones import Backbone
 from medcl.runtime.memory import RetrySmaller
@@ -152,8 +153,12 @@ class SegmentationModule(RetrySmaller):
 
 
 def channel_table(label_values: Sequence[int]) -> Tensor:
-    """Output channel of every uint8 label value; values that are no class count as background."""
-    table = torch.zeros(256, dtype=torch.long)
+    """Output channel of every label value; values that are no class count as background.
+
+    A network has a channel for each class that occurs, however large its value: classes of 205 and 850 are channels 1
+    and 2.
+    """
+    table = torch.zeros(LARGEST_LABEL + 1, dtype=torch.long)
     for channel, value in enumerate(label_values, 1):
         table[value] = channel
     return table

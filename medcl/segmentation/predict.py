@@ -10,7 +10,8 @@ import torch
 from medcl.checkpoint import Contract, rebuild, weights_hash
 from medcl.config import PredictConfig
 from medcl.dataset.case import Case, Manifest, Problem
-from medcl.dataset.checks import check_image
+from medcl.dataset.checks import check_image, whole_labels, without_nan
+from medcl.dataset.modality import check_hounsfield
 from medcl.dataset.splits import Split, cases_of
 from medcl.errors import MedclError
 from medcl.io.geometry import Volume, from_canonical, to_canonical
@@ -22,9 +23,9 @@ from medcl.runtime.run import log, setup_log
 from medcl.runtime.training import choose_accelerator
 from medcl.segmentation.inputs import input_row, read_inputs, write_inputs
 from medcl.segmentation.module import class_scores
+from medcl.store.image import prepare_image
 from medcl.store.plan import round_up
-from medcl.store.prepare import prepare_image
-from medcl.store.stage import bar, describe, load_source, log_problems
+from medcl.store.stage import bar, describe, load_source, log_problems, tell_growth
 
 
 class Predictor:
@@ -61,11 +62,11 @@ class Predictor:
         self.backbone.eval().to("cuda" if self.accelerator == "gpu" else "cpu")
         self.overlap, self.mirror = overlap, mirror
         self.patch = round_up(self.contract.plan.patch_size, self.backbone.multiple)
-        self._values = np.array([0, *self.contract.label_values], dtype=np.uint8)
+        self._values = whole_labels(np.array([0, *self.contract.label_values]))
 
     @torch.inference_mode()
     def __call__(self, volume: Volume) -> np.ndarray:
-        """Label map, uint8, on the grid of `volume`: same axes, same shape."""
+        """Label map, uint8 or uint16, on the grid of `volume`: same axes, same shape."""
         canonical = to_canonical(volume)
         prepared = prepare_image(canonical, self.contract.plan)
         scores = class_scores(
@@ -88,6 +89,7 @@ def predict(config: PredictConfig) -> Path:
     predictor = Predictor(config.run, config.accelerator, config.precision, config.overlap, config.mirror)
     manifest = load_source(config.input, config.channel)
     log.info("%s: %s.", config.input, describe(manifest))
+    tell_growth(manifest, predictor.contract.plan, config.run)
     log_problems(manifest)
     cases = chosen_cases(manifest, config)
     return predict_cases(predictor, manifest, cases, Path(config.output))
@@ -109,7 +111,10 @@ def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, .
     for case in bar(iter(cases), len(cases), "predict"):
         try:
             volume = read_volume(manifest.image_paths(case), channel=case.channel)
+            volume = without_nan(volume) if predictor.contract.plan.nan == "zero" else volume
             check_image(volume.array, where=case.image[0])
+            if predictor.contract.plan.normalise == "ct":
+                check_hounsfield(volume.array, case.image[0])
         except MedclError as error:
             problems.append(Problem(case.image[0], error.what, error.remedy or "Mend the file."))
             continue
@@ -117,7 +122,7 @@ def predict_cases(predictor: Predictor, manifest: Manifest, cases: tuple[Case, .
             log.info("%s: %s.", case.id, note.rstrip("."))
         try:
             found = predictor(volume)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, MedclError) as error:
             what = f"could not be predicted ({' '.join(str(error).split())[:120]})"
             problems.append(
                 Problem(case.image[0], what, "If memory ran out, use a coarser spacing or --accelerator cpu.")

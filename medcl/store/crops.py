@@ -60,9 +60,10 @@ class CropDataset(Dataset):
             are seen (nnU-Net oversamples a third).
         margin: voxels that are read beyond the crop on either side of each axis, for augmentation to move in.
 
-    A sample is a dict with `image` (1, X, Y, Z) float32, `label` (1, X, Y, Z) uint8 where asked for, `seed`, `start`
-    (3,) first voxel of the read in the volume, and `extent` (3,) voxels of the volume. A read reaches beyond the volume
-    where the margin does or the volume is smaller: `medcl.transforms.inside` tells where it holds data.
+    A sample is a dict with `image` (1, X, Y, Z) float32, `label` (1, X, Y, Z) where asked for, uint8, or int32 where
+    the volume holds values above 255, `seed`, `start` (3,) first voxel of the read in the volume, and `extent` (3,)
+    voxels of the volume. A read reaches beyond the volume where the margin does or the volume is smaller:
+    `medcl.transforms.inside` tells where it holds data.
     """
 
     def __init__(
@@ -98,7 +99,9 @@ class CropDataset(Dataset):
             "extent": torch.tensor(volume.shape),
         }
         if self.labelled:
-            sample["label"] = torch.from_numpy(volume.label(start, read))[None]
+            label = volume.label(start, read)
+            # torch cannot index by uint16
+            sample["label"] = torch.from_numpy(label if label.dtype == np.uint8 else label.astype(np.int32))[None]
         return sample
 
     def _start(self, volume: StoredVolume, rng: np.random.Generator) -> list[int]:

@@ -22,6 +22,7 @@ PLAN_VERSION = 1
 THICK = 3.0  # an axis this many times coarser than the finest counts as thick (nnU-Net's rule)
 SMALLEST_EDGE = 8  # an axis is halved while it has at least this many voxels
 MAX_STRIDES = 4
+FEWEST_STRIDES = 2  # so that a decoder has a block before its output layer, which dense pretext tasks train
 SOFT_TISSUE = (-175.0, 250.0)  # HU; the window of the abdominal CT literature
 PATCH_VOXELS = {"cpu": 160_000, "gpu": 96**3}
 
@@ -44,6 +45,7 @@ class Plan:
         patch_size: voxels of a fine-tuning patch, a multiple of the total stride.
         strides: down-sampling factors of the network, finest level first.
         labels: name of every foreground label.
+        nan: `zero` takes voxels that are NaN or infinite as 0; `reject` leaves such volumes out.
     """
 
     modality: Literal["MR", "CT", "unknown"] = "MR"
@@ -55,10 +57,12 @@ class Plan:
     patch_size: Voxels = (64, 64, 64)
     strides: tuple[Triple, ...] = ((2, 2, 2),) * 3
     labels: dict[int, str] = field(default_factory=dict)
+    nan: Literal["reject", "zero"] = "reject"
 
     def preparation(self) -> dict[str, Any]:
         """The part that decides what a prepared volume looks like: the store is keyed by it."""
-        return {key: getattr(self, key) for key in ("spacing", "normalise", "window", "n4")}
+        kept = {key: getattr(self, key) for key in ("spacing", "normalise", "window", "n4")}
+        return kept if self.nan == "reject" else {**kept, "nan": self.nan}
 
     @property
     def total_stride(self) -> Triple:
@@ -68,7 +72,8 @@ class Plan:
 
     def slicewise(self) -> Plan:
         """The plan of a network that sees every slice along the last axis by itself: nothing strides there."""
-        return dataclasses.replace(self, strides=tuple((a, b, 1) for a, b, _ in self.strides if max(a, b) > 1))
+        strides = tuple((a, b, 1) for a, b, _ in self.strides if max(a, b) > 1)
+        return dataclasses.replace(self, strides=deep_enough(strides))
 
     def save(self, path: str | Path) -> None:
         """Writes the plan to a JSON file that `load` reads."""
@@ -191,6 +196,11 @@ def strides_for(patch: Sequence[int], spacing: Sequence[float]) -> tuple[Triple,
     return tuple(strides) or ((1, 1, 1),)
 
 
+def deep_enough(strides: tuple[Triple, ...]) -> tuple[Triple, ...]:
+    """The strides, with levels that halve nothing added where a small volume leaves fewer than two."""
+    return strides + ((1, 1, 1),) * (FEWEST_STRIDES - len(strides))
+
+
 def round_up(size: Sequence[int], multiple: Sequence[int]) -> Triple:
     """The size rounded up to a multiple along every axis."""
     a, b, c = (max(1, math.ceil(n / m)) * m for n, m in zip(size, multiple, strict=True))
@@ -211,19 +221,20 @@ def derive_plan(
         device: `cpu` or `gpu`: how many voxels a patch may have.
 
     Raises:
-        MedclError: the manifest has no cases, or mixes CT with MR.
+        MedclError: the manifest has no cases, or mixes CT with others.
     """
     if not manifest.cases:
         first = f"{manifest.problems[0]} " if manifest.problems else ""
         raise MedclError("no usable volume", manifest.root, f"{first}`medcl scan` tells all.")
-    modalities = {case.modality for case in manifest.cases} - {"unknown"}
-    if len(modalities) > 1:
+    others = [case for case in manifest.cases if case.modality != "CT"]
+    if others and len(others) < len(manifest.cases):
+        kind = "MR volumes" if others[0].modality == "MR" else f"others ({others[0].modality}, {others[0].image[0]})"
         raise MedclError(
-            "CT and MR volumes mixed",
+            f"CT and {kind} mixed",
             manifest.root,
-            "Scan them as two folders, or edit manifest.json: one plan fits one.",
+            "Scan them as two folders, or edit manifest.json: one plan fits one, and only CT takes an HU window.",
         )
-    modality: Any = next(iter(modalities), "unknown")
+    modality: Any = "MR" if any(case.modality == "MR" for case in others) else "unknown" if others else "CT"
     axes = [canonical_axes(case) for case in manifest.cases]
     shapes, spacings = np.array([a[0] for a in axes]), np.array([a[1] for a in axes])
     target = np.asarray(spacing, float) if spacing else target_spacing(spacings)
@@ -238,6 +249,14 @@ def derive_plan(
     return sized(plan, shapes * spacings / target, device)
 
 
+def growth(manifest: Manifest, plan: Plan) -> tuple[tuple[float, ...], float]:
+    """The median spacing of the cases (mm, along R, A and S), and by how much a plan multiplies their voxels."""
+    if not manifest.cases:
+        return plan.spacing, 1.0
+    own = np.median([canonical_axes(case)[1] for case in manifest.cases], axis=0)
+    return tuple(float(mm) for mm in own), float(np.prod(own) / np.prod(plan.spacing))
+
+
 def sized(plan: Plan, shapes: np.ndarray, device: str) -> Plan:
     """The plan with volume, patch and strides for volumes of these voxels, (n, 3), at its spacing.
 
@@ -248,7 +267,7 @@ def sized(plan: Plan, shapes: np.ndarray, device: str) -> Plan:
     """
     volume = np.maximum(np.round(np.median(shapes, axis=0)), 1).astype(int).tolist()
     patch = patch_for(volume, plan.spacing, PATCH_VOXELS[device])
-    plan = replace(plan, volume_size=tuple(volume), strides=strides_for(patch, plan.spacing))
+    plan = replace(plan, volume_size=tuple(volume), strides=deep_enough(strides_for(patch, plan.spacing)))
     plan = replace(plan, patch_size=round_up(patch, plan.total_stride))
     plan.check()
     return plan

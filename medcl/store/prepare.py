@@ -1,11 +1,10 @@
-"""Cases to the store: RAS, crop to the foreground, resample, normalise. Parallel, resumable, never stale."""
+"""Cases to the store: read, checked, brought to RAS and prepared. Parallel, resumable, never stale."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,160 +12,59 @@ from typing import Any
 import numpy as np
 
 from medcl.dataset.case import Case, Manifest, Problem
-from medcl.dataset.checks import check_image, check_label
+from medcl.dataset.checks import check_image, check_label, without_nan
 from medcl.dataset.labels import read_label
+from medcl.dataset.modality import check_hounsfield
 from medcl.dataset.roles import check_no_label
 from medcl.errors import MedclError
 from medcl.io.detached import volume_files
 from medcl.io.geometry import Volume, to_canonical
-from medcl.io.resample import resample_labels, resample_linear, resampled_affine
 from medcl.io.volumes import read_volume
 from medcl.runtime.dask_pool import map_by_dask
 from medcl.runtime.files import file_sha256, read_json, write_json
 from medcl.runtime.pool import map_safely
 from medcl.store import remote
+from medcl.store.image import correct_bias, prepare_image
 from medcl.store.plan import Plan
 from medcl.store.signature import save_signature, sign, signature_path, voxel_hash
 from medcl.store.volumes import store_folder, write_volume
 
-PREPARE_VERSION = 1  # raise it when the code below changes what a prepared volume looks like
-FOREGROUND_SHARE = 0.05  # of the range between the low and the high percentile
-AIR = -500.0  # HU
-MARGIN = 2  # voxels kept around the foreground box
+# code outside of medcl imports both from here
+__all__ = ["ContentKeys", "Stored", "case_key", "correct_bias", "load_case", "prepare", "prepare_case", "prepare_image"]
+
+PREPARE_VERSION = 1  # raise it when other code changes what a prepared volume looks like
 POINTS_PER_LABEL = 500
 
 
-@dataclass(frozen=True)
-class PreparedImage:
-    """A volume as the network sees it, and how to go back.
-
-    Attributes:
-        image: float32 (X, Y, Z) in RAS orientation, resampled and normalised.
-        affine: of `image`, voxel to RAS+ mm.
-        canonical_shape: voxels of the whole volume in RAS orientation before cropping.
-        crop_start, crop_shape: the foreground box in that volume.
-    """
-
-    image: np.ndarray
-    affine: np.ndarray
-    canonical_shape: tuple[int, ...]
-    crop_start: tuple[int, ...]
-    crop_shape: tuple[int, ...]
-
-    def restore(self, scores: np.ndarray) -> np.ndarray:
-        """Class scores (K, x, y, z) on the grid of `image` to a uint8 label map on the canonical grid."""
-        best = resample_linear(scores[0], self.crop_shape)
-        inside = np.zeros(self.crop_shape, dtype=np.uint8)
-        for value in range(1, len(scores)):  # a class at a time: the fine grid may be large
-            score = resample_linear(scores[value], self.crop_shape)
-            wins = score > best
-            inside[wins] = value
-            best = np.maximum(best, score)
-        whole = np.zeros(self.canonical_shape, dtype=np.uint8)
-        whole[self._box()] = inside
-        return whole
-
-    def prepare_label(self, canonical: np.ndarray) -> np.ndarray:
-        """A label map on the canonical grid to the grid of `image`, uint8."""
-        return resample_labels(canonical[self._box()].astype(np.uint8), self.image.shape)
-
-    def _box(self) -> tuple[slice, ...]:
-        return tuple(slice(s, s + n) for s, n in zip(self.crop_start, self.crop_shape, strict=True))
-
-
-def prepare_image(canonical: Volume, plan: Plan, clip: bool = True) -> PreparedImage:
-    """Crops, resamples and normalises a volume that is in RAS orientation.
+def load_case(manifest: Manifest, case: Case, nan: str = "reject") -> tuple[Volume, np.ndarray | None]:
+    """Reads and checks a case: its image in RAS orientation, and its label map on that grid.
 
     Args:
-        canonical: the volume, checked (finite, not constant).
-        plan: spacing, normalisation and window.
-        clip: limit intensities to the plan's range. Without, the scale is the same and what is outside stays: a bright
-            spot of less than half a percent of the volume shows only then.
-    """
-    array = np.asarray(canonical.array, dtype=np.float32)
-    if plan.n4 and plan.normalise != "ct":
-        array = correct_bias(array, canonical.spacing)
-    low, high = np.percentile(array, (0.5, 99.5)) if plan.normalise == "robust" else plan.window
-    if high <= low:  # nearly constant: a few voxels carry all the contrast
-        low, high = float(array.min()), float(array.max())
-    threshold = AIR if plan.normalise == "ct" else low + FOREGROUND_SHARE * (high - low)
-    start, stop = foreground_box(array > threshold)
-    cropped = array[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
-    extent = np.asarray(cropped.shape) * canonical.spacing
-    shape = np.maximum(np.round(extent / plan.spacing), 1).astype(int).tolist()
-    image = np.clip(resample_linear(np.clip(cropped, low, high), shape), low, high)
-    shown = image if clip else resample_linear(cropped, shape)
-    if plan.normalise == "ct":
-        image = 2 * (shown - low) / (high - low) - 1
-    else:
-        body = image[image > threshold]
-        body = body if body.size and body.std() > 0 else image
-        image = (shown - body.mean()) / max(float(body.std()), 1e-6 * float(high - low))
-    affine = np.array(canonical.affine, dtype=float)
-    affine[:3, 3] += affine[:3, :3] @ np.asarray(start, float)
-    return PreparedImage(
-        image.astype(np.float32),
-        resampled_affine(affine, cropped.shape, shape),
-        tuple(array.shape),
-        tuple(int(s) for s in start),
-        tuple(cropped.shape),
-    )
-
-
-def foreground_box(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First and past-last voxel of the planes along each axis with more than 1% foreground, and a margin."""
-    start, stop = np.zeros(3, dtype=int), np.asarray(mask.shape)
-    for axis in range(3):
-        planes = mask.mean(axis=tuple(i for i in range(3) if i != axis)) > 0.01
-        if planes.any():
-            found = np.flatnonzero(planes)
-            start[axis] = max(found[0] - MARGIN, 0)
-            stop[axis] = min(found[-1] + 1 + MARGIN, mask.shape[axis])
-    return start, stop
-
-
-def correct_bias(array: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """N4 bias-field correction (Tustison et al. 2010) fitted on a four times coarser grid, as is usual."""
-    import SimpleITK as sitk
-
-    image = sitk.GetImageFromArray(array.T)
-    image.SetSpacing([float(s) for s in spacing])
-    shrink = [max(1, min(4, n // 8)) for n in array.shape]
-    small = sitk.Shrink(image, shrink)
-    mask = sitk.OtsuThreshold(small, 0, 1, 200)
-    n4 = sitk.N4BiasFieldCorrectionImageFilter()
-    n4.SetConvergenceThreshold(0.001)
-    n4.SetMaximumNumberOfIterations([50] * 4)
-    # N4 works on logarithms
-    lowest = float(array.min())
-    n4.Execute(sitk.Cast(small, sitk.sitkFloat32) - lowest + 1.0, mask)
-    field = np.exp(sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(image)).T)
-    return ((array - lowest) / np.maximum(field, 1e-3) + lowest).astype(np.float32)
-
-
-def load_case(manifest: Manifest, case: Case) -> tuple[Volume, np.ndarray | None]:
-    """Reads and checks a case: its image in RAS orientation, and its label map on that grid.
+        manifest: says where the case lies, and names label values.
+        case: one of its cases.
+        nan: as in `Plan`.
 
     Raises:
         MedclError: the image or the label cannot be used.
     """
     image = read_volume(manifest.image_paths(case), channel=case.channel)
+    image = without_nan(image) if nan == "zero" else image
     check_image(image.array, where=case.image[0])
     check_no_label(image.array, manifest.layout, case.image[0])
     if not case.is_labelled:
         return to_canonical(image), None
-    label = read_label(manifest, case)
-    check_label(label, image, where=case.label_files[0])
-    canonical = to_canonical(label)
-    return to_canonical(image), np.rint(np.asarray(canonical.array)).astype(np.uint8)
+    label = check_label(read_label(manifest, case), image, case.label_files[0], manifest.label_names)
+    return to_canonical(image), np.asarray(to_canonical(label).array)
 
 
 def prepare_case(manifest: Manifest, case: Case, plan: Plan, path: Path, signature: Path | None = None) -> None:
     """Prepares one case into `path` of the store, and signs its voxels, at hand here, into the file `signature`."""
-    image, label = load_case(manifest, case)
+    image, label = load_case(manifest, case, plan.nan)
+    if plan.normalise == "ct":
+        check_hounsfield(image.array, case.image[0])
     if signature is not None and not signature.exists():
         save_signature(signature, sign(image.array))
-    prepared = prepare_image(image, plan)
+    prepared = prepare_image(image, plan, label=label)
     target = None if label is None else prepared.prepare_label(label)
     voxels = np.ascontiguousarray(image.array, dtype=np.float32)
     meta = {
@@ -178,6 +76,7 @@ def prepare_case(manifest: Manifest, case: Case, plan: Plan, path: Path, signatu
         "voxel_hash": voxel_hash(voxels),
         "foreground": {} if target is None else _foreground_points(target),
         "notes": list(image.notes),
+        **({"told": [list(each) for each in prepared.told]} if prepared.told else {}),
     }
     write_volume(path, prepared.image, target, meta)
 

@@ -15,20 +15,19 @@ from typing import Any
 import numpy as np
 
 from medcl.config import PrepareConfig, ScanConfig
-from medcl.dataset.case import Case, Manifest
+from medcl.dataset.case import Case, Manifest, Problem
 from medcl.dataset.scan import scan as scan_folder
 from medcl.dataset.summary import grouped
 from medcl.dataset.table import write_table
 from medcl.errors import MedclError
-from medcl.io.volumes import read_volume
 from medcl.runtime.run import log
-from medcl.store.plan import Plan, derive_plan, sized
-from medcl.store.prepare import AIR, Stored
+from medcl.store.plan import Plan, derive_plan, growth, sized
+from medcl.store.prepare import Stored
 from medcl.store.prepare import prepare as prepare_volumes
 from medcl.store.volumes import read_meta, store_folder
 
-SAMPLED = 5  # volumes read to guess the modality
 MEASURED = 32  # volumes prepared to plan sizes
+GROWTH = 4.0  # in voxels; less is the ordinary spread of scanners
 SHOWN = 5  # problems logged one by one; all are in manifest.json
 
 
@@ -36,8 +35,7 @@ def scan(config: ScanConfig) -> Manifest:
     """Scans a folder and writes its manifest."""
     manifest = scan_folder(
         config.source, table=config.table, include=config.include, exclude=config.exclude, channel=config.channel,
-        voxels=not config.quick, workers=config.workers or None,
-        progress=not config.json,
+        voxels=not config.quick, nan=config.nan, workers=config.workers or None, progress=not config.json,
     )  # fmt: skip
     if config.yes:
         manifest = manifest.confirmed()
@@ -72,7 +70,7 @@ def load_source(source: str, channel: int | None = None, previous_run: Path | No
         return Manifest.load(previous_run / "manifest.json")
     if source.endswith(".json"):
         return Manifest.load(source)
-    return guess_modality(scan_folder(source, channel=channel, voxels=False))
+    return scan_folder(source, channel=channel, voxels=False)
 
 
 def confirm(manifest: Manifest, source: str, yes: bool) -> Manifest:
@@ -87,25 +85,6 @@ def confirm(manifest: Manifest, source: str, yes: bool) -> Manifest:
         more = f" ({len(questions) - 1} more questions: `medcl scan {shlex.quote(source)}`)" if questions[1:] else ""
         raise MedclError(f"{first.file}: {first.what}{more}", source, f"{first.remedy} Or take the guess with --yes.")
     return manifest.confirmed() if questions else manifest
-
-
-def guess_modality(manifest: Manifest) -> Manifest:
-    """Fills in CT where neither headers nor layout say so, and a few volumes hold air at -1000 HU.
-
-    Only headers were read so far; whether intensities are scaled by an HU window must not depend on that.
-    """
-    unknown = [case for case in manifest.cases if case.modality == "unknown"]
-    seen = []
-    for case in unknown[:SAMPLED]:
-        try:
-            seen.append(float(read_volume(manifest.image_paths(case), channel=case.channel).array.min()) <= AIR)
-        except MedclError:
-            continue  # reported when the volume is prepared
-    if not seen or not all(seen):
-        return manifest
-    return manifest.with_cases(
-        tuple(replace(case, modality="CT") if case.modality == "unknown" else case for case in manifest.cases)
-    )
 
 
 def describe(manifest: Manifest) -> str:
@@ -126,12 +105,31 @@ def log_problems(manifest: Manifest, before: int = 0) -> None:
 
 def plan_for(
     manifest: Manifest, plan: str, *, device: str, n4: bool = False, spacing: Any = None, store: str = "",
-    workers: int = 0,
+    workers: int = 0, nan: str = "reject",
 ) -> Plan:  # fmt: skip
     """The plan a user names, or one derived: spacing from all headers, sizes from what cropping leaves of volumes."""
     if plan:
-        return Plan.load(plan)
-    return measured(manifest, derive_plan(manifest, spacing=spacing, n4=n4, device=device), device, store, workers)
+        named = with_nan(Plan.load(plan), nan)
+        tell_growth(manifest, named, plan)
+        return named
+    derived = with_nan(derive_plan(manifest, spacing=spacing, n4=n4, device=device), nan)
+    return measured(manifest, derived, device, store, workers)
+
+
+def with_nan(plan: Plan, nan: str) -> Plan:
+    """The plan with `nan` of the settings, where these ask for 0 in place of NaN."""
+    return replace(plan, nan="zero") if nan == "zero" else plan
+
+
+def tell_growth(manifest: Manifest, plan: Plan, where: object) -> None:
+    """Warns where the spacing of a plan that was made for other scans is far from that of these."""
+    own, factor = growth(manifest, plan)
+    if 1 / GROWTH < factor < GROWTH:
+        return
+    theirs, ours = (" x ".join(f"{mm:g}" for mm in spacing) for spacing in (plan.spacing, own))
+    change = f"grow {factor:.3g} x" if factor > 1 else f"shrink {1 / factor:.3g} x"
+    log.warning("%s resamples to %s mm, and these scans have %s mm: they %s in voxels. Better pretrain on scans like "
+                "these.", where, theirs, ours, change)  # fmt: skip
 
 
 def measured(manifest: Manifest, plan: Plan, device: str, store: str = "", workers: int = 0) -> Plan:
@@ -170,9 +168,20 @@ def prepare_all(
     stored, left = prepare_volumes(
         chosen, plan, store=store, workers=workers, title="prepare" if sys.stderr.isatty() else None, dask=dask
     )
+    left = left.with_cases(left.cases, told(stored, left))
     log_problems(left, before=len(manifest.problems))
     log_twins(stored)
     return stored, left
+
+
+def told(stored: list[Stored], manifest: Manifest) -> tuple[Problem, ...]:
+    """Warnings that preparation has left beside the volumes, as far as the manifest does not hold them."""
+    found = [
+        Problem(item.case.image[0], what, remedy, aside=False)
+        for item in stored
+        for what, remedy in read_meta(item.path).get("told", ())
+    ]
+    return tuple(problem for problem in found if problem not in manifest.problems)
 
 
 def log_twins(stored: list[Stored]) -> None:
@@ -210,7 +219,7 @@ def prepare(config: PrepareConfig) -> tuple[list[Stored], Plan]:
     log_problems(manifest)
     plan = plan_for(
         manifest, config.plan, device="cpu", n4=config.n4, spacing=config.spacing, store=config.store,
-        workers=config.workers,
+        workers=config.workers, nan=config.nan,
     )  # fmt: skip
     stored, _ = prepare_all(manifest, plan, config.store, config.workers, dask=config.dask)
     root = store_folder(config.store)

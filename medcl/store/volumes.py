@@ -71,10 +71,10 @@ class StoredVolume:
         return _crop(self._image, self.shape, start, size, np.float16, True)
 
     def label(self, start: Sequence[int] = (0, 0, 0), size: Sequence[int] | None = None) -> np.ndarray:
-        """Crop of the label map, uint8 (X, Y, Z). Beyond the volume it is background."""
+        """Crop of the label map (X, Y, Z), uint8 or uint16. Beyond the volume it is background."""
         if self._label is None:
             raise MedclError("has no label", self.meta["case"], "Use a labelled case.")
-        return _crop(self._label, self.shape, start, size or self.shape, np.uint8, False)
+        return _crop(self._label, self.shape, start, size or self.shape, self._label.dtype, False)
 
     @functools.cached_property
     def foreground(self) -> dict[int, np.ndarray]:
@@ -120,7 +120,7 @@ def write_volume(path: Path, image: np.ndarray, label: np.ndarray | None, meta: 
     Args:
         path: folder to appear.
         image: float (X, Y, Z); kept as float16, finer than the noise of a normalised scan.
-        label: uint8 (X, Y, Z) or None.
+        label: uint8 or uint16 (X, Y, Z), or None.
         meta: JSON of what is known of it.
 
     Raises:
@@ -134,7 +134,7 @@ def write_volume(path: Path, image: np.ndarray, label: np.ndarray | None, meta: 
     try:
         _write_array(part / "image.b2nd", image.astype(np.float16))
         if label is not None:
-            _write_array(part / "label.b2nd", label.astype(np.uint8))
+            _write_array(part / "label.b2nd", label)
         write_json(part / "meta.json", {**meta, "shape": list(image.shape), "labelled": label is not None})
         if not (path / "meta.json").exists():  # another process may have been faster
             shutil.rmtree(path, ignore_errors=True)  # only ever a damaged one

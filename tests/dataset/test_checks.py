@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import itertools
+
+import nibabel as nib
 import numpy as np
 import pytest
+from volumes import rotation
 
-from medcl.dataset.checks import check_image, check_label, check_label_values
+from medcl.dataset.checks import check_image, check_label, check_label_values, values_of, whole_labels
 from medcl.errors import MedclError
 from medcl.io.geometry import Volume
 
@@ -90,6 +94,70 @@ def test_negative_and_nan_labels():
         check_label_values(np.array([0, np.nan, 2]))
 
 
-def test_labels_that_do_not_fit_a_byte_are_refused():
-    with pytest.raises(MedclError, match="above 255, such as 500"):
-        check_label_values(np.array([0, 500], dtype=np.int16), "label.nii.gz")
+def test_large_labels_pass_up_to_two_bytes():
+    check_label_values(np.array([0, 850, 65_535], dtype=np.uint16))
+    with pytest.raises(MedclError, match="above 65,535, such as 65536"):
+        check_label_values(np.array([0, 65_536], dtype=np.int32), "label.nii.gz")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("factor", [0.9999, 1.0001, 1 / 255 * 255])
+def test_rounded_labels_are_whole_again(dtype, factor):
+    exact = label()
+    read = check_label(Volume((exact.array * factor).astype(dtype), AFFINE), image())
+    assert read.array.dtype == np.uint8 and np.array_equal(read.array, exact.array)
+    assert values_of((exact.array * factor).astype(dtype)) == {1, 2}
+
+
+@pytest.mark.parametrize("largest,dtype", [(255, np.uint8), (256, np.uint16), (65_535, np.uint16)])
+@pytest.mark.parametrize("stored", [np.int32, np.uint16, np.float32])
+def test_labels_take_the_smallest_type_that_holds_them(largest, dtype, stored):
+    whole = whole_labels(np.array([0, 3, largest], stored))
+    assert whole.dtype == dtype and whole.tolist() == [0, 3, largest]
+
+
+def test_values_without_a_name_are_refused_and_named():
+    names = {0: "background", 1: "liver", 2: "spleen"}
+    check_label(label(), image(), "l.nii", names)
+    with pytest.raises(MedclError, match=r"holds 2, 4, but the data set names 0, 1 only"):
+        check_label(Volume(label().array * 2, AFFINE), image(), "l.nii", {0: "background", 1: "liver"})
+    check_label_values(np.array([0, 1, 7]), names={})  # a data set that names none
+
+
+CODES = ["".join(flips) for axes in itertools.permutations(("RL", "AP", "SI")) for flips in itertools.product(*axes)]
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_a_label_in_any_axis_order_is_brought_to_its_images(codes):
+    """nibabel writes the same map with other axes; each of the 48 orders gives the same labels back."""
+    marks = np.arange(np.prod(SHAPE), dtype=np.uint16).reshape(SHAPE)  # every voxel has a value of its own
+    stored = nib.Nifti1Image(marks, AFFINE)
+    turned = stored.as_reoriented(nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(AFFINE), nib.orientations.axcodes2ornt(codes)))  # fmt: skip
+    assert "".join(nib.aff2axcodes(turned.affine)) == codes
+    read = check_label(Volume(np.asarray(turned.dataobj), turned.affine), image())
+    assert np.array_equal(read.array, marks) and np.array_equal(read.affine, AFFINE)
+
+
+def test_a_turned_label_that_lies_elsewhere_is_refused_and_no_affine_is_to_be_copied():
+    flip = np.diag([-1.0, 1, 1, 1])
+    with pytest.raises(MedclError, match="affine differs") as caught:  # flipped, and not moved to the other end
+        check_label(label(affine=AFFINE @ flip), image())
+    assert "copy the image's affine" not in str(caught.value)
+
+
+@pytest.mark.parametrize("degrees", [30, 45, 45.00001, 60])
+def test_an_oblique_label_is_turned_by_its_image_and_not_by_the_nearest_axis(degrees):
+    affine = np.eye(4)
+    affine[:3, :3] = rotation(degrees) @ np.diag([1.0, 2.0, 3.0])
+    scan = Volume(image().array, affine)
+    swapped = affine[:, [1, 0, 2, 3]]
+    read = check_label(Volume(label().array.transpose(1, 0, 2), swapped), scan)
+    assert np.array_equal(read.array, label().array)
+
+
+def test_voxels_beyond_float32_are_refused():
+    with pytest.raises(MedclError, match="beyond what float32 holds"):
+        check_image(image().array * 1e300)
+    with pytest.raises(MedclError, match="constant"):  # the voxels differ, but not as float32
+        check_image(1e9 + np.arange(5.0))

@@ -1,4 +1,4 @@
-"""Whose files are, of hundreds of made-up ways to name them: nobody is two subjects, and nothing is guessed silently."""
+"""Whose files are, of hundreds of made-up ways to name them: nobody is two subjects, and nothing is silent."""
 
 from __future__ import annotations
 

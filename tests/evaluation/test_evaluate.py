@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fake_runs import AFFINE, SHAPE, labels, make_data, make_run
 
+from medcl.dataset.scan import scan
 from medcl.errors import MedclError
 from medcl.evaluation.compare import compare, print_comparison
 from medcl.evaluation.evaluate import mean_over_classes, notices, print_table, read_result, read_scores, score_folder
@@ -299,3 +300,18 @@ def test_arms_that_differ_in_more_than_init_are_stamped(tmp_path):
         "the arms were prepared by different plans: spacing",
         "the arms were selected on different validation subjects",
     ]
+
+
+@pytest.mark.parametrize("spacing,told", [((0.5, 0.5, 3.0), 0.5), ((1.0, 1.0, 1.0), 1.0), ((12.0, 1.5, 1.6), 1.5)])
+def test_by_default_nsd_forgives_one_voxel_and_says_so(tmp_path, spacing, told):
+    label = np.zeros((12, 12, 12), np.uint8)
+    label[3:9, 3:9, 3:9] = 1
+    moved = np.roll(label, 1, axis=int(np.argmin(spacing)))
+    image = np.random.default_rng(0).normal(size=label.shape).astype(np.float32)
+    for name, array in (("d/s1", image), ("d/s1_seg", label), ("p/s1", moved)):
+        write_nifti(tmp_path / f"{name}.nii.gz", array, np.diag([*spacing, 1]))
+    result = score_folder(tmp_path / "p", scan(tmp_path / "d"), tmp_path / "out")
+    assert result["tolerance_mm"] == told and result["mean"]["nsd"]["estimate"] == 1.0
+    assert any(f"within {told:g} mm" in line for line in result["conventions"])
+    strict = score_folder(tmp_path / "p", scan(tmp_path / "d"), tmp_path / "out", tolerance_mm=0.9 * told)
+    assert strict["mean"]["nsd"]["estimate"] < 1.0

@@ -14,8 +14,9 @@ from medcl.errors import MedclError
 from medcl.io.geometry import Volume, to_canonical
 from medcl.io.resample import resample_labels, resample_linear, resampled_affine
 from medcl.store import stage
+from medcl.store.image import correct_bias, prepare_image
 from medcl.store.plan import Plan, derive_plan
-from medcl.store.prepare import correct_bias, prepare, prepare_image
+from medcl.store.prepare import prepare
 from medcl.store.stage import load_source, plan_for
 from medcl.store.volumes import open_volume
 
@@ -247,3 +248,106 @@ def test_planning_many_volumes_reads_few_of_them(tmp_path, monkeypatch):
     stage.plan_for(manifest, "", device="cpu", store=str(tmp_path / "store"), workers=1)
     places = [int(case.id[1:]) for case in asked]
     assert len(places) == stage.MEASURED and min(places) < 200 and max(places) > 4800
+
+
+def body_with_arm(connected: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A body, and a thin labelled arm that is joined to it, or too dark to tell from the field."""
+    array = np.abs(np.random.default_rng(0).normal(2, 1, (64, 64, 64))).astype(np.float32)
+    label = np.zeros(array.shape, np.uint8)
+    array[16:48, 16:48, :32] += 200
+    array[30:35, 30:35, 32:60] += 200 if connected else 0
+    label[30:35, 30:35, 40:60] = 1
+    return array, label
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_no_labelled_voxel_is_cropped_away(tmp_path, connected):
+    array, label = body_with_arm(connected)
+    nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / "s1.nii.gz")
+    nib.save(nib.Nifti1Image(label, np.eye(4)), tmp_path / "s1_seg.nii.gz")
+    plan = Plan(spacing=(1.0, 1.0, 1.0))
+    (item,), left = stage.prepare_all(load_source(str(tmp_path)), plan, str(tmp_path / "store"), workers=1)
+    volume = open_volume(item.path)
+    assert int((volume.label() == 1).sum()) == 500
+    place = np.argwhere(volume.label() == 1).min(0) + volume.meta["crop_start"]
+    assert place.tolist() == [30, 30, 40]
+    told = [problem.what for problem in left.problems if "labelled voxels" in problem.what]
+    assert bool(told) != connected
+    if not connected:
+        assert told[0].startswith("500 of 500 labelled voxels lie outside the body")
+        again = stage.prepare_all(load_source(str(tmp_path)), plan, str(tmp_path / "store"), workers=1)[1]
+        assert told[0] in [problem.what for problem in again.problems]  # also where the store has the volume already
+    alone = prepare_image(Volume(array, np.eye(4)), plan)  # as in prediction
+    assert (alone.crop_start[2] + alone.crop_shape[2] >= 60) == connected
+
+
+def test_a_window_that_cuts_off_what_is_labelled_is_told_with_its_share():
+    rng = np.random.default_rng(0)
+    array = rng.normal(-1000, 20, (30, 30, 30)).astype(np.float32)
+    array[5:25, 5:25, 5:25] = rng.normal(40, 20, (20, 20, 20))
+    array[10:14, 10:14, 10:14] = 900  # bone: 64 of 8000 voxels of the body, all that is labelled
+    plan = Plan(spacing=(1.0, 1.0, 1.0), normalise="ct")
+    label = (array > 800).astype(np.uint8)
+    ((what, remedy),) = prepare_image(Volume(array, np.eye(4)), plan, label=label).told
+    assert what == "100% of what is labelled lies outside the plan's window of -175 to 250 HU" and "--plan" in remedy
+    assert prepare_image(Volume(array, np.eye(4)), plan).told == ()
+    wide = dataclasses.replace(plan, window=(-175.0, 1000.0))
+    assert prepare_image(Volume(array, np.eye(4)), wide, label=label).told == ()
+
+
+def test_lungs_cut_off_by_the_window_are_told():
+    rng = np.random.default_rng(0)
+    array = rng.normal(-1000, 20, (30, 30, 30)).astype(np.float32)
+    array[3:27, 3:27, 3:27] = rng.normal(40, 20, (24, 24, 24))
+    array[8:22, 8:22, 8:22] = rng.normal(-820, 20, (14, 14, 14))
+    ((what, _),) = prepare_image(Volume(array, np.eye(4)), Plan(normalise="ct")).told
+    assert what.startswith("20% of the body lies outside the plan's window")
+
+
+def test_voxels_that_overflow_are_refused_before_the_store_is_written(tmp_path):
+    rng = np.random.default_rng(0)
+    array = rng.normal(100, 10, (12, 12, 12))
+    blob = np.zeros(array.shape)
+    blob[4:8, 4:8, 4:8] = 1e6 + rng.normal(0, 0.1, (4, 4, 4))
+    volumes = {"beyond": array * 1e300, "blob": blob, "large": (array * 1e30).astype(np.float32), "plain": array}
+    for name, voxels in volumes.items():
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    plan = dataclasses.replace(PLAN, spacing=(1.0, 1.0, 1.0))
+    stored, left = prepare(load_source(str(tmp_path)), plan, store=tmp_path / "store", workers=1)
+    told = {problem.file: problem.what for problem in left.problems}
+    assert "beyond what float32 holds" in told["beyond.nii.gz"] and "as good as constant" in told["blob.nii.gz"]
+    large, plain = (open_volume(item.path).image() for item in stored)
+    assert [item.case.id for item in stored] == ["large", "plain"]
+    np.testing.assert_allclose(large, plain, atol=0.01)
+
+
+def test_nan_is_rejected_or_taken_as_zero(tmp_path):
+    rng = np.random.default_rng(0)
+    array = rng.normal(100, 10, (12, 12, 12)).astype(np.float32)
+    nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / "whole.nii.gz")
+    array[:2], array[5, 5, 5] = np.nan, np.inf
+    nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / "holed.nii.gz")
+    filled = np.where(np.isfinite(array), array, 0)
+    manifest = load_source(str(tmp_path))
+    zero = dataclasses.replace(PLAN, nan="zero")
+    assert set(zero.preparation()) - set(PLAN.preparation()) == {"nan"}  # other stores keep their keys
+    (first,), left = prepare(manifest, PLAN, store=tmp_path / "store", workers=1)
+    assert first.case.id == "whole" and "289 voxels are NaN" in left.problems[0].what
+    assert "--nan zero" in left.problems[0].remedy
+    (holed, _), left = prepare(manifest, zero, store=tmp_path / "store", workers=1)
+    want = prepare_image(Volume(filled, np.eye(4)), zero).image.astype(np.float16)
+    assert left.problems == () and np.array_equal(open_volume(holed.path).image(), want)
+    assert open_volume(holed.path).meta["notes"] == ["289 voxels that are NaN or infinite were taken as 0"]
+    quick = stage.plan_for(manifest, "", device="cpu", store=str(tmp_path / "store"), workers=1, nan="zero")
+    assert quick.nan == "zero" and len(stage.scan_folder(tmp_path, nan="zero", workers=1).cases) == 2
+
+
+@pytest.mark.parametrize("spacing,told", [(0.5, "grow 8 x"), (4.0, "shrink 64 x"), (1.2, None)])
+def test_a_plan_for_another_spacing_is_told_with_its_factor(tmp_path, caplog, spacing, told):
+    image = np.random.default_rng(0).uniform(500, 900, (12, 12, 12)).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "a.nii.gz")
+    stage.tell_growth(load_source(str(tmp_path)), Plan(spacing=(spacing,) * 3), "runs/pre")
+    warnings = [record.getMessage() for record in caplog.records if "voxels" in record.getMessage()]
+    assert len(warnings) == (told is not None)
+    if told:
+        assert told in warnings[0] and warnings[0].startswith("runs/pre resamples to") and "1 x 1 x 1 mm" in warnings[0]
