@@ -253,6 +253,7 @@ SIMPLE: dict[str, Images] = {
     | simple("WORD-V0.1.0/imagesVal/word_{p:04}.nii.gz", "WORD-V0.1.0/labelsVal/word_{p:04}.nii.gz", (11, 12)),
     "two channels": {f"{c.lower()}/Subj{p}_{c}.nii": (str(p), ()) for c in ("T1", "FL") for p in (1, 2, 3)},
     "any script": {f"{name}.nii.gz": (name, ()) for name in ("张三", "李四", "王五", "Müller", "Möller", "Иванов")},
+    "a few scans by number": {f"scan_{p:03}.nii.gz": (str(p), ()) for p in range(4)},
     "scans by number": {f"abdomen_scan_{p:03}.nii.gz": (str(p), ()) for p in range(12)},
     "visits of people with names": {
         f"{p}/q{t}.nii.gz": (p, ()) for p in ("anna", "bert", "carl", "dora") for t in (1, 2)

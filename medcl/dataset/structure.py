@@ -8,6 +8,7 @@ because taking one person for two leaks between splits, and taking two for one o
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from medcl.dataset.tokens import Token, channel_files, template_of, tokens, with
 Key = tuple[str, ...]
 Parsed = dict[str, list[Token]]
 MOST_VISITS = 10  # images of one person under numbers of their own; above, the first number is a site's or a batch's
+_PLAIN = re.compile(r"^(scan|v|t|acq|rep)[-_]?\d+$")  # as often the number of a person as that of a visit
 SURELY = 0.7  # of the subjects of the other reading: with fewer, a person is asked
 
 
@@ -264,7 +266,8 @@ def _moments(images: Sequence[str], parsed: Parsed, varying: dict[str, Key]) -> 
     times = {varying[name] for name in images}
     alone = not any(token.kind == "id" for name in images for token in parsed[name])
     if alone and len(times) > 1:
-        if len(times) > MOST_VISITS:
+        plain = all(any(_PLAIN.match(t.value) for t in parsed[name] if t.kind == "moment") for name in images)
+        if plain or len(times) > MOST_VISITS:
             return Reading(dict(varying), {}, len(times))
         return Reading({name: () for name in parsed}, {}, len(times), _two(images))
     return Reading({name: () for name in parsed}, {}, 1)

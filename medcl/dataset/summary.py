@@ -107,8 +107,8 @@ def print_summary(manifest: Manifest, console: Console | None = None) -> None:
     if manifest.questions:
         several = "questions" if manifest.questions[1:] else "question"
         console.print(f"[bold]{len(manifest.questions)} {several}[/bold], which a table or --yes answers:")
-        for question in manifest.questions:
-            console.print(f"  [cyan]asks[/cyan]    {escape(str(question))}", soft_wrap=True)
+        for _, line in grouped(manifest.questions):
+            console.print(f"  [cyan]asks[/cyan]    {escape(line)}", soft_wrap=True)
     problems = [problem for problem in manifest.problems if not problem.question]
     if problems:
         aside = facts["set_aside"]

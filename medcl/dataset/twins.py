@@ -54,17 +54,22 @@ def shared_labels(read: Iterable[Pair]) -> list[Problem]:
     Args:
         read: every case with a digest of its label map's voxels; empty where they were not read, or are all background.
     """
-    owners: dict[str, Case] = {}
-    questions = []
+    owners: dict[str, list[Case]] = defaultdict(list)
     for case, digest in read:
-        if not case.is_labelled:
-            continue
-        first = owners.setdefault(digest or "\0".join(case.label_files), case)
-        if first.subject != case.subject:
-            other = f"{first.label_files[0]} of subject {first.subject}"
-            what = f"is the label map of subject {case.subject}, and equal to {other}"
+        if case.is_labelled:
+            owners[digest or "\0".join(case.label_files)].append(case)
+    questions = []
+    for same in owners.values():
+        subjects = sorted({case.subject for case in same})
+        if len(subjects) > 1:
+            other = next(case for case in same if case.subject != same[0].subject)
+            more = f" (and {len(subjects) - 2} more subjects)" if len(subjects) > 2 else ""
+            what = (
+                f"is the label map of subject {same[0].subject}, and equal to {other.label_files[0]} "
+                f"of subject {other.subject}{more}"
+            )
             remedy = f"Only one of them can be right. {BY_TABLE}"
-            questions.append(Problem(case.label_files[0], what, remedy, aside=False, question=True))
+            questions.append(Problem(same[0].label_files[0], what, remedy, aside=False, question=True))
     return questions
 
 

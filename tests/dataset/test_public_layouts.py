@@ -142,7 +142,7 @@ def test_one_label_map_under_two_subjects_is_asked(tmp_path):
     write(tmp_path / "labels/p1.nii.gz", label(5, binary=False))
     write(tmp_path / "labels/p4.nii.gz", label(5, binary=False))
     (question,) = scan(tmp_path, workers=1).questions
-    assert question.file == "labels/p4.nii.gz" and "labels/p1.nii.gz of subject p1" in question.what
+    assert question.file == "labels/p1.nii.gz" and "equal to labels/p4.nii.gz of subject p4" in question.what
 
 
 def test_a_label_map_is_never_an_image(tmp_path):
