@@ -72,9 +72,8 @@ def scan(
         source, table = Path(source).parent, source
     root, found = find(Path(source).expanduser()) if not table else (Path(source).expanduser().resolve(), Found())
     if table:
-        told = read_table(Path(table).resolve(), root, lambda files: find_series(root, files, workers=workers))
-        layout = Layout("table", told.rule, told.cases, told.label_names, told.problems)
-        layout = layouts.with_unique_ids(layout)
+        rows = read_table(Path(table).resolve(), root, lambda files: find_series(root, files, workers=workers))
+        layout = layouts.with_unique_ids(Layout("table", rows.rule, rows.cases, rows.label_names, rows.problems))
         found.volumes = {case.image[0]: (root / case.image[0]).stat().st_size for case in layout.cases}
         series = Series([], names_of(root, layout.cases, layout.label_names), [])
     else:
@@ -95,9 +94,8 @@ def scan(
     results = map_safely(_inspect, tasks, failed, workers, "Reading volumes" if progress else None)
     read = [(result.case, result.digest) for result in results if result.case is not None]
     kept, twins = without_twins(root, read, found.volumes)
-    twins += shared_labels(
-        [(r.case, r.label_digest) for r in results if r.case is not None and r.case.id in {case.id for case in kept}]
-    )
+    used = {case.id for case in kept}
+    twins += shared_labels([(r.case, r.label_digest) for r in results if r.case is not None and r.case.id in used])
     rule = layout.rule if layout.cases or not series.cases else ""
     if series.cases:
         series_rule = "DICOM: one case per series, the subject is the hashed patient number"
