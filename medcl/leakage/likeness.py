@@ -39,17 +39,24 @@ class Row:
     Attributes:
         subject: whose volume it is.
         likeness: the best score with each other subject that it was aligned with.
-        others: how many other subjects there are. Those that were not aligned look less alike than `HOPELESS`.
+        others: how many other subjects there are.
+        far: whether all others, those that were not aligned, are known to stay below `HOPELESS`.
     """
 
     subject: str
     likeness: Mapping[str, float]
     others: int
+    far: bool
+
+    @classmethod
+    def of(cls, subject: str, likeness: Mapping[str, float], others: int) -> Row:
+        """A row after a search that aligns the five most alike, where their likeness is not hopeless."""
+        return cls(subject, likeness, others, len(likeness) < others and len(_one_of_equal(likeness.values())) < BEST)
 
     def without(self, subjects: Collection[str]) -> Row:
         """The row as it were without some of the other subjects."""
         kept = {subject: score for subject, score in self.likeness.items() if subject not in subjects}
-        return Row(self.subject, kept, self.others - len(self.likeness) + len(kept))
+        return Row(self.subject, kept, self.others - len(self.likeness) + len(kept), self.far)
 
     def copies(self, step: float) -> set[str]:
         """The subjects above the last step of this width, among the five most alike; none without such a step."""
@@ -65,8 +72,8 @@ class Row:
         return max((_z(upper) - _z(lower) for upper, lower in itertools.pairwise(levels)), default=0.0)
 
     def _levels(self, ranked: list[float]) -> list[float]:
-        """The first five, or with them the height below which all others stay."""
-        return [*ranked, *([HOPELESS] if self.others > len(self.likeness) else [])][:BEST]
+        """The first five; where there are fewer, also the height below which all others stay."""
+        return [*ranked, *([HOPELESS] if self.far else [])][:BEST]
 
 
 def _one_of_equal(likeness: Iterable[float]) -> list[float]:
@@ -127,7 +134,7 @@ class Spread:
             the sentence alone.
         """
         rows = self.rows
-        if len(rows) < FEW:
+        if len(rows) <= FEW:
             return {"sentence": "too few subjects to state a false-alarm rate of pictures that look alike"}
         called = [self.copies(row) for row in rows]
         count, wrong = len(rows), sum(map(bool, called))
@@ -137,11 +144,14 @@ class Spread:
              if subject not in named), default=0.0,
         )  # fmt: skip
         reach = f"reach a likeness of {highest:.2f}" if highest >= HOPELESS else f"stay below a likeness of {HOPELESS}"
+        share = f"{100 * below:.1f}%" if below < 0.1 else f"{100 * below:.0f}%"
+        sentence = (
+            f"false-alarm rate below {share} a volume (95% bound): of {count} volumes, compared with other subjects of "
+            f"their own side, {wrong} would be taken for a copy; other subjects {reach}"
+        )
         return {
-            "volumes": count, "pairs": sum(row.others for row in rows) // 2, "called": wrong,
-            "below": round(below, 4), "highest": round(highest, 3),
-            "sentence": f"false-alarm rate below {100 * below:.2g}% a volume (95% bound): of {count} volumes, compared "
-            f"with other subjects of their own side, {wrong} would be taken for a copy; other subjects {reach}",
+            "volumes": count, "pairs": sum(row.others for row in rows) // 2, "called": wrong, "below": round(below, 4),
+            "highest": round(highest, 3), "sentence": sentence,
         }  # fmt: skip
 
 
@@ -161,13 +171,13 @@ def spread(sides: Sequence[tuple[Sequence[np.ndarray], Sequence[str]]], store: s
         for _, place in sorted({picture_hash(picture): place for place, picture in enumerate(pictures)}.items()):
             places.setdefault(subjects[place], place)
         chosen = dict(list(places.items())[:SAMPLE])
-        if len(chosen) < FEW:
+        if len(chosen) <= FEW:
             continue
         some, names = [pictures[place] for place in chosen.values()], list(chosen)
         found: dict[str, dict[str, float]] = {name: {} for name in names}
         for match in remembered(some, some, store, names, names, threshold=0.0):
             found[names[match.new]][names[match.known]] = match.score
-        rows += [Row(name, likeness, len(names) - 1) for name, likeness in found.items()]
+        rows += [Row.of(name, likeness, len(names) - 1) for name, likeness in found.items()]
     return Spread(tuple(rows))
 
 

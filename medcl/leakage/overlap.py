@@ -153,10 +153,11 @@ def _rows(known: Pictured, new: Pictured, within: bool, likeness: dict[int, dict
         })  # fmt: skip
     asked = [new[number][1] for number in likeness]
     add_subjects(list(likeness.values()), [picture for _, picture in everyone], subjects, asked, left_out)
-    return {
-        number: Row(new[number][0].subject, those, len({s for place, s in enumerate(subjects) if place not in without}))
-        for (number, those), without in zip(likeness.items(), left_out, strict=True)
-    }
+    rows = {}
+    for (number, those), without in zip(likeness.items(), left_out, strict=True):
+        others = {subject for place, subject in enumerate(subjects) if place not in without}
+        rows[number] = Row.of(new[number][0].subject, those, len(others))
+    return rows
 
 
 def _side(volumes: Pictured) -> tuple[list[np.ndarray], list[str]]:
