@@ -40,18 +40,13 @@ class Row:
         subject: whose volume it is.
         likeness: the best score with each other subject that it was aligned with.
         others: how many other subjects there are.
-        far: whether all others, those that were not aligned, are known to stay below `HOPELESS`.
+        far: whether there are others that were not aligned because they stay below `HOPELESS`.
     """
 
     subject: str
     likeness: Mapping[str, float]
     others: int
     far: bool
-
-    @classmethod
-    def of(cls, subject: str, likeness: Mapping[str, float], others: int) -> Row:
-        """A row after a search that aligns the five most alike, where their likeness is not hopeless."""
-        return cls(subject, likeness, others, len(likeness) < others and len(_one_of_equal(likeness.values())) < BEST)
 
     def without(self, subjects: Collection[str]) -> Row:
         """The row as it were without some of the other subjects."""
@@ -133,8 +128,8 @@ class Spread:
             and Pearson 1934), the `highest` likeness of those not called, and a `sentence`. Without enough subjects,
             the sentence alone.
         """
-        rows = self.rows
-        if len(rows) <= FEW:
+        rows = [row for row in self.rows if row.others >= FEW]
+        if not rows:
             return {"sentence": "too few subjects to state a false-alarm rate of pictures that look alike"}
         called = [self.copies(row) for row in rows]
         count, wrong = len(rows), sum(map(bool, called))
@@ -171,20 +166,21 @@ def spread(sides: Sequence[tuple[Sequence[np.ndarray], Sequence[str]]], store: s
         for _, place in sorted({picture_hash(picture): place for place, picture in enumerate(pictures)}.items()):
             places.setdefault(subjects[place], place)
         chosen = dict(list(places.items())[:SAMPLE])
-        if len(chosen) <= FEW:
+        if len(chosen) < 3:  # nobody stands behind the one other
             continue
         some, names = [pictures[place] for place in chosen.values()], list(chosen)
         found: dict[str, dict[str, float]] = {name: {} for name in names}
         for match in remembered(some, some, store, names, names, threshold=0.0):
             found[names[match.new]][names[match.known]] = match.score
-        rows += [Row.of(name, likeness, len(names) - 1) for name, likeness in found.items()]
+        others = len(names) - 1
+        rows += [Row(name, those, others, len(those) < min(BEST, others)) for name, those in found.items()]
     return Spread(tuple(rows))
 
 
 def add_subjects(
     found: Sequence[dict[str, float]], known: Sequence[np.ndarray], owners: Sequence[str], new: Sequence[np.ndarray],
     left_out: Sequence[Collection[int]],
-) -> None:  # fmt: skip
+) -> list[bool]:  # fmt: skip
     """Adds further subjects to each volume's likeness with subjects, until the five most alike are among them.
 
     Args:
@@ -192,11 +188,14 @@ def add_subjects(
         known, owners: thumbnails, and the subject of each.
         new: of the volumes in question.
         left_out: for each new one, places of known ones that it is not compared with.
+
+    Returns:
+        For each new one, whether all that look alike are in `found` by now.
     """
     places: dict[str, list[int]] = {}
     for place, owner in enumerate(owners):
         places.setdefault(owner, []).append(place)
-    asked = list(range(len(new)))
+    asked, whole = list(range(len(new))), [False] * len(new)
     for _ in range(ROUNDS):
         without = [{*left_out[q], *(p for owner in found[q] for p in places.get(owner, ()))} for q in asked]
         more = dict.fromkeys(asked, 0)
@@ -204,7 +203,8 @@ def add_subjects(
             q, owner = asked[match.new], owners[match.known]
             more[q] += 1
             found[q][owner] = max(match.score, found[q].get(owner, 0.0))
+        for q in asked:
+            whole[q] = more[q] < BEST
         # the places among the five that were aligned may all have gone to volumes of one subject
-        asked = [q for q in asked if more[q] == BEST and len(_one_of_equal(found[q].values())) < BEST]
-        if not asked:
-            return
+        asked = [q for q in asked if not whole[q] and len(_one_of_equal(found[q].values())) < BEST]
+    return whole

@@ -152,11 +152,11 @@ def _rows(known: Pictured, new: Pictured, within: bool, likeness: dict[int, dict
             or (place < len(known) and _validates(volume, case))
         })  # fmt: skip
     asked = [new[number][1] for number in likeness]
-    add_subjects(list(likeness.values()), [picture for _, picture in everyone], subjects, asked, left_out)
+    whole = add_subjects(list(likeness.values()), [picture for _, picture in everyone], subjects, asked, left_out)
     rows = {}
-    for (number, those), without in zip(likeness.items(), left_out, strict=True):
+    for (number, those), without, all_alike in zip(likeness.items(), left_out, whole, strict=True):
         others = {subject for place, subject in enumerate(subjects) if place not in without}
-        rows[number] = Row.of(new[number][0].subject, those, len(others))
+        rows[number] = Row(new[number][0].subject, those, len(others), all_alike and len(those) < len(others))
     return rows
 
 
