@@ -210,7 +210,8 @@ def main(data: Path, out: Path, sets: list[str], only: list[str], every: int = 1
         print(told[-1], flush=True)
         write_json(out / "sets.json", told)
         bins += counted(name, "strangers", [s for s in others if s < 0.9999])
-        alarms = {frozenset(pair) for pair in told[-1]["by itself"]["overlaps"]}
+        subject = {case.id: case.subject for case in cases}
+        twins = {frozenset((subject[case], subject[other])) for case, other in told[-1]["by itself"]["overlaps"]}
         planted_scores: list[float] = []
         chosen = range(0, len(cases), every)
         for number, (what, change) in enumerate(CHANGES.items()):
@@ -230,11 +231,8 @@ def main(data: Path, out: Path, sets: list[str], only: list[str], every: int = 1
             own = {each.case: each for each in (*result.similar, *result.overlaps) if each.case == each.seen}
             by_hash = sum(each.kind == "exact" for each in own.values())
             by_picture = [each.score for each in own.values() if each.score is not None]
-            subject = {case.id: case.subject for case in cases}
-            wrong = {
-                each.case for each in result.overlaps
-                if subject[each.case] != subject[each.seen] and frozenset((each.case, each.seen)) not in alarms
-            }  # fmt: skip
+            pairs = [frozenset((subject[each.case], subject[each.seen])) for each in result.overlaps]
+            wrong = {pair for pair in pairs if len(pair) == 2 and pair not in twins}
             planted_scores += by_picture
             lines.append({
                 "set": name, "change": what, "volumes": len(new),
