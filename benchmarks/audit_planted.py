@@ -1,16 +1,18 @@
-"""Planted overlaps in the hippocampi and the heart volumes: how many the audit finds, and how far strangers stay away.
+"""Planted overlaps in real volumes and in phantoms of one template: how many are found, and who is falsely named.
 
-    python benchmarks/audit_planted.py DATA --out runs/audit [--sets Task04_Hippocampus ACDC] [--every 5]
+    python benchmarks/audit_planted.py DATA --out runs/audit [--sets Task04_Hippocampus ACDC inbred] [--every 5]
 
-DATA holds the folders `Task04_Hippocampus` and `ACDC`. Every volume is changed in every way, saved as a file, read by
-the audit's own reader, signed, and compared with all volumes of its set; the subject plays no part. Writes a row a set
-and change to `OUT/table.csv`, and the counts of all scores to `OUT/histogram.csv`.
+DATA holds the folders `Task04_Hippocampus` and `ACDC`; `inbred` is made here. Every volume is changed in every way,
+saved as a file, read by the audit's own reader, signed, and held out under another name beside all volumes of its set.
+Writes a row a set and change to `OUT/table.csv`, the counts of all scores to `OUT/histogram.csv`, and what the audit
+says of each set by itself and of its halves to `OUT/sets.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,11 +26,17 @@ from medcl.dataset.case import Case, Manifest
 from medcl.dataset.scan import scan
 from medcl.io.geometry import to_canonical
 from medcl.io.volumes import read_volume
+from medcl.leakage.audit import compared
 from medcl.leakage.matching import ORIENTATIONS, THRESHOLD, scores
-from medcl.leakage.seen import SeenVolume
-from medcl.runtime.files import write_rows
+from medcl.leakage.overlap import compare
+from medcl.leakage.seen import Seen, SeenVolume
+from medcl.runtime.files import write_json, write_rows
 from medcl.store.signature import sign
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from inbred import animal, template
+
+ANIMALS = 60
 BINS = np.linspace(0.3, 1.0, 36)
 Image = tuple[np.ndarray, np.ndarray]  # voxels and affine
 Change = Callable[[Image, np.random.Generator], Image]
@@ -155,11 +163,24 @@ def thumbnail_of(volume: SeenVolume) -> np.ndarray:
     return volume.thumbnail
 
 
+def save_animals(folder: Path) -> Path:
+    """Phantoms of one template, once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    strain = template(0)
+    for number in range(ANIMALS):
+        path = folder / f"animal{number:03d}.nii.gz"
+        if not path.exists():
+            nib.save(nib.Nifti1Image(animal(strain, number), np.eye(4)), path)
+    return folder
+
+
 def main(data: Path, out: Path, sets: list[str], only: list[str], every: int = 1) -> None:
-    lines, bins = [], []
+    lines, bins, told = [], [], []
+    store = str(out / "store")
     for name in sets:
-        manifest = scan(data / name, voxels=False)
-        cases = cases_of_set(manifest, data / name)
+        folder = save_animals(out / name) if name == "inbred" else data / name
+        manifest = scan(folder, voxels=False)
+        cases = cases_of_set(manifest, folder)
         paths = [Path(manifest.root) / case.image[0] for case in cases]
         began = time.process_time()
         known = [signed(path, case.id, case.subject) for case, path in zip(cases, paths, strict=True)]
@@ -169,50 +190,56 @@ def main(data: Path, out: Path, sets: list[str], only: list[str], every: int = 1
         found = scores(pictures, pictures)
         took = time.process_time() - began
         others = [m.score for m in found if cases[m.known].subject != cases[m.new].subject]
-        alarms = {
-            frozenset((cases[m.known].subject, cases[m.new].subject))
-            for m in found if m.score >= THRESHOLD and cases[m.known].subject != cases[m.new].subject
-        }  # fmt: skip
         frames = [m.score for m in found if cases[m.known].subject == cases[m.new].subject and m.known != m.new]
-        strangers = max((s for s in others if s < THRESHOLD), default=0.0)
-        summary = {
+        alone = compared(Seen(tuple(known)), Seen(tuple(known)), True, store)
+        subjects = sorted({case.subject for case in cases})
+        first = set(np.random.default_rng(0).permutation(subjects)[: len(subjects) // 2].tolist())
+        halves = [Seen(tuple(v for v in known if (v.subject in first) == side)) for side in (True, False)]
+        began = time.process_time()
+        halved = compared(*halves, store=store)
+        told.append({
             "set": name, "volumes": len(cases), "ms to read and sign one": round(1000 * signing),
-            "s to compare all with all": round(took, 1), "other subjects alike": sorted(map(sorted, alarms)),
-            "highest of other subjects below": round(strangers, 3),
+            "s to compare all with all": round(took, 1), "s to audit a half": round(time.process_time() - began, 1),
+            "highest of other subjects": round(max(s for s in others if s < 0.9999), 3),
+            "pairs of other subjects from the threshold": sum(s >= THRESHOLD for s in others),
             "frames of one subject": [round(min(frames, default=0), 3), round(max(frames, default=0), 3)],
-        }  # fmt: skip
-        print(summary, flush=True)
-        bins += counted(name, "strangers", [s for s in others if s < THRESHOLD])
+            **{how: {key: each[key] for key in ("sentence", "question", "false_alarms")} | {
+                "overlaps": [[one["case"], one["seen"]] for one in each["overlaps"]]}
+               for how, each in (("by itself", alone), ("halves", halved))},
+        })  # fmt: skip
+        print(told[-1], flush=True)
+        write_json(out / "sets.json", told)
+        bins += counted(name, "strangers", [s for s in others if s < 0.9999])
+        subject = {case.id: case.subject for case in cases}
+        twins = {frozenset((subject[case], subject[other])) for case, other in told[-1]["by itself"]["overlaps"]}
         planted_scores: list[float] = []
         chosen = range(0, len(cases), every)
         for number, (what, change) in enumerate(CHANGES.items()):
             if only and what not in only:
                 continue
             new = []
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as temporary:
                 for i in chosen:
                     volume = read_volume([paths[i]])
                     array, affine = change((volume.array, volume.affine), np.random.default_rng([number, i]))
-                    file = Path(folder) / "planted.nii.gz"
+                    file = Path(temporary) / "planted.nii.gz"
                     nib.openers.Opener.default_compresslevel = 9 if what == "other gzip level" else 1
                     nib.save(nib.Nifti1Image(np.ascontiguousarray(array), affine), file)
-                    new.append(dataclasses.replace(signed(file), name=str(i)))
-            exact = np.array([volume.values == known[i].values for i, volume in zip(chosen, new, strict=True)])
-            asked = [place for place in range(len(new)) if not exact[place]]  # an audit looks no further than the hash
-            own, wrong = np.ones(len(new)), 0
-            own[asked] = 0
-            for match in scores(pictures, [thumbnail_of(new[place]) for place in asked]):
-                place = asked[match.new]
-                if match.known == chosen[place]:
-                    own[place] = match.score
-                elif match.score >= THRESHOLD:
-                    pair = frozenset((cases[match.known].subject, cases[chosen[place]].subject))
-                    wrong += len(pair) == 2 and pair not in alarms
-            planted_scores += own[asked].tolist()
+                    planted = signed(file, cases[i].id, f"planted {cases[i].subject}")
+                    new.append(planted)
+            result = compare(Seen(tuple(known)), Seen(tuple(new)), store=store)
+            own = {each.case: each for each in (*result.similar, *result.overlaps) if each.case == each.seen}
+            by_hash = sum(each.kind == "exact" for each in own.values())
+            by_picture = [each.score for each in own.values() if each.score is not None]
+            pairs = [frozenset((subject[each.case], subject[each.seen])) for each in result.overlaps]
+            wrong = {pair for pair in pairs if len(pair) == 2 and pair not in twins}
+            planted_scores += by_picture
             lines.append({
-                "set": name, "change": what, "volumes": len(new), "found": int((exact | (own >= THRESHOLD)).sum()),
-                "by hash": int(exact.sum()), "lowest score": f"{own.min():.3f}" if asked else "",
-                "median score": f"{np.median(own):.3f}" if asked else "", "strangers named": wrong,
+                "set": name, "change": what, "volumes": len(new),
+                "found": sum(each.kind != "similar" for each in own.values()), "by hash": by_hash,
+                "looks alike": len({each.case for each in result.similar}),
+                "lowest score": f"{min(by_picture):.3f}" if by_picture else "",
+                "median score": f"{np.median(by_picture):.3f}" if by_picture else "", "strangers named": len(wrong),
             })  # fmt: skip
             print(lines[-1], flush=True)
             write_rows(out / "table.csv", lines)
@@ -233,7 +260,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/audit"))
-    parser.add_argument("--sets", nargs="*", default=["Task04_Hippocampus", "ACDC"])
+    parser.add_argument("--sets", nargs="*", default=["Task04_Hippocampus", "ACDC", "inbred"])
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--every", type=int, default=1, help="plant in every n-th volume only")
     arguments = parser.parse_args()

@@ -8,6 +8,7 @@ from typing import Any
 
 from medcl.checkpoint import weights_hash
 from medcl.dataset.case import Case, Manifest
+from medcl.errors import MedclError
 from medcl.evaluation.evaluate import prediction_files
 from medcl.evaluation.statistics import counted
 from medcl.io.nifti import read_maker
@@ -63,7 +64,10 @@ def _compared(
 ) -> dict[str, Any]:
     trained = read_config(run) if (run / "config.yaml").exists() else {}
     store = str(trained.get("store") or "")
-    result = compared(seen_by(run), seen_in(manifest, cases, stage, store=store), store=store)
+    seen = seen_by(run)
+    if not (seen.volumes or seen.gaps):
+        raise MedclError("has no record of a volume that it has seen", run, "Copy the whole run folder again.")
+    result = compared(seen, seen_in(manifest, cases, stage, store=store), store=store)
     refuse(result, allowed or bool(trained.get("allow_leakage")), where, "score volumes that were not seen")
     if result["sentence"]:
         log.warning("%s.", result["sentence"])

@@ -5,108 +5,28 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from medcl.config import AuditConfig
 from medcl.dataset.case import Manifest
 from medcl.dataset.splits import Split, cases_of
 from medcl.errors import MedclError
-from medcl.leakage.matched import remembered
 from medcl.leakage.matching import THRESHOLD
+from medcl.leakage.overlap import KINDS, SIMILAR, Overlap, compare
 from medcl.leakage.seen import SELECTION, Seen, SeenVolume, seen_by, seen_in
 from medcl.runtime.files import read_json, write_json
 from medcl.runtime.run import log, setup_log
 from medcl.store.stage import describe, load_source, log_problems
 
 AUDIT_VERSION = 1
-KINDS = {
-    "exact": "the same voxels",
-    "alike": "the same picture (rescaled, resampled, cropped, flipped or permuted)",
-    "subject": "the same subject id, another volume",
-}
 SHOWN = 20
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """A held-out volume that was seen.
-
-    Attributes:
-        kind: one of `KINDS`.
-        case: the held-out volume.
-        seen: the volume that was seen: its case where that is at hand, else the stage and the run that saw it.
-        score: correlation of the aligned pictures, for `alike`.
-        selection: whether it was not trained on, but validated on to choose the weights.
-    """
-
-    kind: str
-    case: str
-    seen: str
-    score: float | None = None
-    selection: bool = False
-
-
 def overlaps(seen: Seen, held: Seen, within: bool = False, store: str = "") -> list[Overlap]:
-    """Every held-out volume that was seen, with the strongest evidence: equal voxels, else pictures, else the subject.
-
-    Volumes by which weights were chosen count as seen where they are tested on. Where they are validated on again (a
-    held volume of the stage `selection`) they do not: that is what they are for.
-
-    Args:
-        seen: volumes trained on, or validated on.
-        held: volumes held out.
-        within: both are of one folder, in which only what goes under two subjects' names is worth telling.
-        store: folder that remembers comparisons; by default `default_store()`.
-    """
-    by_hash: dict[str, list[SeenVolume]] = {}
-    by_subject: dict[str, list[SeenVolume]] = {}
-    for volume in sorted(seen.volumes, key=lambda volume: volume.stage == SELECTION):  # what was trained on first
-        for mark in {volume.voxels, volume.values} - {""}:
-            by_hash.setdefault(mark, []).append(volume)
-        if volume.subject:
-            by_subject.setdefault(volume.subject, []).append(volume)
-    pictures = [(volume, picture) for volume in seen.volumes if (picture := volume.thumbnail) is not None]
-    found: dict[int, list[Overlap]] = {}
-    rest: list[tuple[int, np.ndarray]] = []
-    for number, case in enumerate(held.volumes):
-        same = [*by_hash.get(case.voxels, ()), *by_hash.get(case.values, ())]
-        same = [volume for volume in same if not (within and volume.subject == case.subject)]
-        if same := [volume for volume in same if not _validates(volume, case)]:
-            found[number] = list(dict.fromkeys(_overlap("exact", case, volume) for volume in same))
-        elif (picture := case.thumbnail) is not None:
-            rest.append((number, picture))
-    # of one folder, a subject's own volumes would take the few places that a new one is aligned with, and so would
-    # the validation volumes of those that are validated on
-    known_owners = [volume.subject if within else SELECTION * (volume.stage == SELECTION) for volume, _ in pictures]
-    cases = [held.volumes[number] for number, _ in rest]
-    owners = [case.subject if within else SELECTION if case.stage == SELECTION else "test" for case in cases]
-    known, new = ([picture for _, picture in side] for side in (pictures, rest))
-    for match in remembered(known, new, store, known_owners, owners):
-        overlap = _overlap("alike", cases[match.new], pictures[match.known][0], round(match.score, 3))
-        found.setdefault(rest[match.new][0], []).append(overlap)
-    for number, case in enumerate(held.volumes):
-        if number not in found and not within:
-            same = [volume for volume in by_subject.get(case.subject, ()) if not _validates(volume, case)]
-            if same:
-                found[number] = [_overlap("subject", case, same[0])]
-    return [overlap for number in sorted(found) for overlap in found[number]]
-
-
-def _validates(volume: SeenVolume, case: SeenVolume) -> bool:
-    """Whether both are validated on."""
-    return volume.stage == case.stage == SELECTION
-
-
-def _overlap(kind: str, case: SeenVolume, volume: SeenVolume, score: float | None = None) -> Overlap:
-    return Overlap(kind, case.name, _describe_seen(volume), score, volume.stage == SELECTION)
-
-
-def _describe_seen(volume: SeenVolume) -> str:
-    return volume.name or f"{'validation' if volume.stage == SELECTION else volume.stage} {volume.run}"
+    """Every held-out volume that was seen: the overlaps of `medcl.leakage.overlap.compare`."""
+    return compare(seen, held, within, store).overlaps
 
 
 def compared(
@@ -116,22 +36,32 @@ def compared(
     """The outcome of an audit as JSON holds it: counts, overlaps, gaps, and a sentence where anything overlaps.
 
     Args:
-        seen, held, within, store: as for `overlaps`.
+        seen, held, within, store: as for `compare`.
         twins: held-out volumes that were set aside because they equal others.
         what, how, kinds: words of the sentence.
     """
-    found = [*twins, *overlaps(seen, held, within, store)]
-    trained, chosen = ({v.voxels for v in seen.volumes if (v.stage == SELECTION) == by} - {""} for by in (False, True))
+    comparison = compare(seen, held, within, store)
+    found = [*twins, *comparison.overlaps]
+    trained, chosen = (_count([v for v in seen.volumes if (v.stage == SELECTION) == by]) for by in (False, True))
+    count = len(held.volumes) + len(twins)
     return {
         "medcl_audit": AUDIT_VERSION,
-        "seen": len(trained),
-        "chosen_by": len(chosen),
-        "held_out": len(held.volumes) + len(twins),
+        "seen": trained,
+        "chosen_by": chosen,
+        "held_out": count,
         "threshold": THRESHOLD,
-        "sentence": _sentence(found, len(held.volumes) + len(twins), what, how, kinds),
+        "sentence": _sentence(found, count, what, how, kinds),
+        "question": _question(comparison.similar, count, what),
         "overlaps": [asdict(each) for each in found],
+        "similar": [asdict(each) for each in comparison.similar],
+        "false_alarms": comparison.spread.false_alarms() if comparison.spread else {},
         "gaps": list(dict.fromkeys(seen.gaps + held.gaps)),
     }
+
+
+def _count(volumes: Sequence[SeenVolume]) -> int:
+    """Different volumes; of a record without hashes, different subjects."""
+    return len({volume.voxels or volume.subject for volume in volumes} - {""})
 
 
 def _sentence(found: list[Overlap], held: int, what: str, how: str, kinds: Mapping[str, str]) -> str:
@@ -149,6 +79,17 @@ def _sentence(found: list[Overlap], held: int, what: str, how: str, kinds: Mappi
     return f"leakage: {'; '.join(parts)}; such as {such.case}, seen as {such.seen}{_likeness(such)}"
 
 
+def _question(similar: Sequence[Overlap], held: int, what: str) -> str:
+    if not similar:
+        return ""
+    cases, most = {each.case for each in similar}, max(similar, key=lambda each: each.score or 0.0)
+    return (
+        f"{len(cases)} of {held} held-out {what} look like a seen one, though no more than different subjects of this "
+        f"data look like each other; such as {most.case} and {most.seen}{_likeness(most)}: whether they are copies was "
+        "not decided, so look at them"
+    )
+
+
 def _likeness(overlap: Overlap) -> str:
     return "" if overlap.score is None else f" (likeness {overlap.score:.2f}, threshold {THRESHOLD})"
 
@@ -156,7 +97,7 @@ def _likeness(overlap: Overlap) -> str:
 def refuse(
     result: Mapping[str, Any], allowed: bool, where: object, instead: str = "train without these volumes"
 ) -> None:
-    """Stops at an overlap that the user has not allowed.
+    """Stops at an overlap that the user has not allowed; tells what was not decided or not compared.
 
     Args:
         result: of `compared`.
@@ -169,6 +110,10 @@ def refuse(
     """
     for gap in result["gaps"]:
         log.info("Audit: %s", gap)
+    if result["question"]:
+        log.warning("Audit: %s.", result["question"])
+    if result["false_alarms"]:
+        log.info("Audit: %s.", result["false_alarms"]["sentence"])
     if result["sentence"] and not allowed:
         raise MedclError(
             result["sentence"], where,
@@ -203,12 +148,15 @@ def checked(
         gaps: what could not be checked, a sentence each.
         notes: what else a reader must know, a sentence each.
     """
+    questions = [result["question"] for result in results if result["question"]]
     return {
         "medcl_audit": AUDIT_VERSION,
-        # an empty list says that there is no leakage: not where part of it was not looked for
-        "leakage": list(marks) or (None if gaps or not results else []),
+        # an empty list says that there is no leakage: not where part of it was not looked for, or not decided
+        "leakage": list(marks) or (None if gaps or questions or not results else []),
         "overlaps": [each for result in results for each in result["overlaps"]],
-        "gaps": list(dict.fromkeys([*gaps, *(gap for result in results for gap in result["gaps"])])),
+        "similar": [each for result in results for each in result["similar"]],
+        "gaps": list(dict.fromkeys([*questions, *gaps, *(gap for result in results for gap in result["gaps"])])),
+        "false_alarms": [result["false_alarms"] for result in results if result["false_alarms"]],
         "notes": list(notes),
     }
 
@@ -228,12 +176,20 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         As `compared`; also written to `config.out` where that is given.
 
     Raises:
-        MedclError: a side is neither a run, nor scans, nor a manifest; or a run that holds nobody out.
+        MedclError: a side is neither a run, nor scans, nor a manifest; or it holds nothing to compare, such as a run
+            that holds nobody out.
     """
     setup_log()
-    first = seen_by(config.seen) if _is_run(config.seen) else _scans(config.seen, config)[0]
-    second, twins = (_held_out(Path(config.held), config), []) if _is_run(config.held) else _scans(config.held, config)
     within = not _is_run(config.seen) and Path(config.seen).resolve() == Path(config.held).resolve()
+    second, twins = (_held_out(Path(config.held), config), []) if _is_run(config.held) else _scans(config.held, config)
+    if _is_run(config.seen):
+        first = seen_by(config.seen)
+        if not first.volumes:
+            raise MedclError("has no record of a volume that it has seen", config.seen, "Give the scans it trained on.")
+    else:
+        first = second if within else _scans(config.seen, config)[0]
+    if within and not twins and len({volume.subject for volume in second.volumes}) == 1:
+        raise MedclError("holds one subject, and nobody to compare it with", config.held, "Give two folders.")
     result = compared(first, second, within, config.store, twins if within else ())
     if config.out:
         write_json(config.out, result)
@@ -250,7 +206,8 @@ def _scans(source: str, config: AuditConfig) -> tuple[Seen, list[Overlap]]:
     log.info("%s: %s.", source, describe(manifest))
     log_problems(manifest)
     twins = [Overlap("exact", problem.file, problem.twin) for problem in manifest.problems if problem.twin]
-    return seen_in(manifest, manifest.cases, store=config.store, workers=config.workers), twins
+    seen = seen_in(manifest, manifest.cases, store=config.store, workers=config.workers)
+    return _with_signatures(seen, source, "`medcl scan` says what is wrong with them."), twins
 
 
 def _held_out(run: Path, config: AuditConfig) -> Seen:
@@ -262,9 +219,19 @@ def _held_out(run: Path, config: AuditConfig) -> Seen:
     if not (val or test):
         raise MedclError("does not know the volumes that it holds out", run, "Give the scans that it is tested on.")
     parts = (val, SELECTION), (test, "")
-    return sum(
+    held = sum(
         (seen_in(manifest, cases, stage, store=config.store, workers=config.workers) for cases, stage in parts), Seen()
     )
+    return _with_signatures(held, run, "Put them back, or give the scans that it is tested on.")
+
+
+def _with_signatures(side: Seen, where: object, remedy: str) -> Seen:
+    """The same side, with at least one volume that could be read."""
+    if not any(volume.voxels for volume in side.volumes):
+        count = len(side.volumes)
+        what = f"none of its {count} volumes could be read" if count else "holds no volume"
+        raise MedclError(f"{what}: there is nothing to compare", where, remedy)
+    return side
 
 
 def print_audit(result: Mapping[str, Any]) -> None:
@@ -275,20 +242,27 @@ def print_audit(result: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(file=sys.stdout)
-    found = result["overlaps"]
+    found = [*result["overlaps"], *result["similar"]]
     if found:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for heading in ("held out", "seen", "what is the same", "score"):
             table.add_column(heading)
         for each in found[:SHOWN]:
             score = "" if each["score"] is None else f"{each['score']:.3f}"
-            table.add_row(escape(each["case"]), escape(each["seen"]), KINDS[each["kind"]], score)
+            table.add_row(escape(each["case"]), escape(each["seen"]), {**KINDS, **SIMILAR}[each["kind"]], score)
         console.print(table)
         if len(found) > SHOWN:
             console.print(f"... and {len(found) - SHOWN} more; --out FILE.json lists them all.")
-    for gap in result["gaps"]:
+    for gap in (*result["gaps"], *([f"{_capital(result['question'])}."] if result["question"] else [])):
         console.print(gap, style="yellow", markup=False, soft_wrap=True)
+    if result["false_alarms"]:
+        rate = f"By the pictures: {result['false_alarms']['sentence']}."
+        console.print(rate, markup=False, highlight=False, soft_wrap=True)
     sentence = result["sentence"] or (
         f"no overlap: none of {result['held_out']} held-out volumes is among the {result['seen']} seen"
     )
-    console.print(f"{sentence[:1].upper()}{sentence[1:]}.", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{_capital(sentence)}.", markup=False, highlight=False, soft_wrap=True)
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]

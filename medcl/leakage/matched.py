@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from medcl.errors import MedclError
-from medcl.leakage.matching import THRESHOLD, Match, matches
+from medcl.leakage.matching import THRESHOLD, Match, scores
 from medcl.runtime.files import read_json, write_json
 from medcl.store.signature import SIGNATURE_VERSION
 from medcl.store.volumes import store_folder
@@ -23,8 +23,9 @@ def remembered(
     store: str | Path = "",
     known_owners: Sequence[str] = (),
     new_owners: Sequence[str] = (),
+    threshold: float = THRESHOLD,
 ) -> list[Match]:
-    """As `medcl.leakage.matching.matches`; equal pictures among the known ones are compared once.
+    """Pairs of `medcl.leakage.matching.scores` that look alike; equal pictures among the known ones are compared once.
 
     Args:
         known: uint8 (24, 24, 24) each.
@@ -32,6 +33,7 @@ def remembered(
         store: folder that remembers; by default `default_store()`.
         known_owners: whose each known one is. Two volumes of one owner are not compared; by default all are.
         new_owners: whose each new one is.
+        threshold: score from which a pair counts. All scores are remembered.
     """
     if not known or not new:
         return []
@@ -40,7 +42,7 @@ def remembered(
     own: Sequence[str | None] = new_owners or [None] * len(new)
     places: dict[str, list[int]] = {}
     for place, picture in enumerate(known):
-        places.setdefault(_hash(picture), []).append(place)
+        places.setdefault(picture_hash(picture), []).append(place)
     marks = sorted(places)  # in an order that does not depend on who was named first
     # by owner, the pictures that nobody else has: one that another has too must be compared
     sole: dict[str | None, list[int]] = defaultdict(list)
@@ -50,16 +52,16 @@ def remembered(
             sole[owners.pop()].append(number)
     # what is left out is part of the question: without owners nothing is, and the picture's mark is all of it
     without = {owner: " " + _digest([marks[number] for number in numbers]) for owner, numbers in sole.items()}
-    asked = [_hash(picture) + without.get(owner, "") for picture, owner in zip(new, own, strict=True)]
+    asked = [picture_hash(picture) + without.get(owner, "") for picture, owner in zip(new, own, strict=True)]
     root = store_folder(store)
-    path = root / "matches" / f"{_digest((SIGNATURE_VERSION, THRESHOLD, marks))}.json"
+    path = root / "matches" / f"{_digest((SIGNATURE_VERSION, 'scores', marks))}.json"
     answers = _load(path)
     missing = [place for place, mark in enumerate(asked) if mark not in answers]
     if missing:
         fresh: dict[str, list[list[Any]]] = {asked[place]: [] for place in missing}
         firsts = [known[places[mark][0]] for mark in marks]
         left_out = [sole.get(own[place], []) for place in missing]
-        for match in matches(firsts, [new[place] for place in missing], left_out=left_out):
+        for match in scores(firsts, [new[place] for place in missing], left_out):
             answer = [marks[match.known], match.score]
             if answer not in fresh[asked[missing[match.new]]]:
                 fresh[asked[missing[match.new]]].append(answer)
@@ -70,7 +72,7 @@ def remembered(
         for number, one in enumerate(asked)
         for mark, score in answers[one]
         for place in places[mark]
-        if whose[place] != own[number]
+        if score >= threshold and whose[place] != own[number]
     ]
 
 
@@ -78,7 +80,8 @@ def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
 
 
-def _hash(picture: np.ndarray) -> str:
+def picture_hash(picture: np.ndarray) -> str:
+    """Equal for equal thumbnails alone."""
     return hashlib.sha256(np.ascontiguousarray(picture).tobytes()).hexdigest()[:32]
 
 

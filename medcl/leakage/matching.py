@@ -48,26 +48,6 @@ class Match:
     score: float
 
 
-def matches(
-    known: Sequence[np.ndarray],
-    new: Sequence[np.ndarray],
-    threshold: float = THRESHOLD,
-    left_out: Sequence[Collection[int]] = (),
-) -> list[Match]:
-    """Pairs of thumbnails that show the same volume.
-
-    Args:
-        known: uint8 (24, 24, 24) each.
-        new: of the volumes in question.
-        threshold: score from which a pair counts.
-        left_out: as in `scores`.
-
-    Returns:
-        At most five pairs a new volume, the best first.
-    """
-    return [match for match in scores(known, new, left_out) if match.score >= threshold]
-
-
 def scores(
     known: Sequence[np.ndarray], new: Sequence[np.ndarray], left_out: Sequence[Collection[int]] = ()
 ) -> list[Match]:

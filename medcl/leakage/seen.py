@@ -17,9 +17,9 @@ import numpy as np
 from medcl.dataset.case import Case, Manifest
 from medcl.dataset.splits import previous_split
 from medcl.errors import MedclError
-from medcl.leakage.signatures import signatures
 from medcl.runtime.files import BROKEN_NPZ, atomic_path, read_json, write_json
 from medcl.store.signature import SIGNATURE_VERSION, load_marks, load_thumbnail, subject_hash
+from medcl.store.signatures import signatures
 
 # the stage of validation volumes: nothing was trained on them, but the weights that were kept are the best on them
 SELECTION = "selection"

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from medcl.errors import MedclError
-from medcl.leakage.audit import AUDIT_VERSION, KINDS, compared
+from medcl.leakage.audit import AUDIT_VERSION, compared
+from medcl.leakage.overlap import KINDS
 from medcl.leakage.seen import Seen, SeenVolume, save_seen, seen_by
 from medcl.mil.bags import Bag, Features
 from medcl.mil.patch_encoders import WIDTHS
@@ -130,7 +131,7 @@ def audit_bags(bags: Sequence[Bag], features: Sequence[Features], classifier: Se
 
 def _compared(seen: Seen, held: Seen, by: str) -> BagAudit:
     result = compared(seen, held, by == "group", what="bags", how=BY[by], kinds=BAG_KINDS)
-    gaps = tuple(gap.rstrip(".") for gap in result["gaps"])
+    gaps = tuple(gap.rstrip(".") for gap in (*result["gaps"], result["question"]) if gap)
     overlaps = tuple({**each, "by": by} for each in result["overlaps"])
     subjects = () if by == "group" else tuple(dict.fromkeys(v.subject for v in seen.volumes if v.subject))
     return BagAudit((result["sentence"],) if result["sentence"] else (), gaps, overlaps, subjects)
