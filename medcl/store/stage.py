@@ -21,6 +21,7 @@ from medcl.dataset.summary import grouped
 from medcl.dataset.table import write_table
 from medcl.errors import MedclError
 from medcl.runtime.run import log
+from medcl.store.lookalikes import lookalikes
 from medcl.store.plan import Plan, derive_plan, growth, sized
 from medcl.store.prepare import Stored
 from medcl.store.prepare import prepare as prepare_volumes
@@ -37,6 +38,9 @@ def scan(config: ScanConfig) -> Manifest:
         config.source, table=config.table, include=config.include, exclude=config.exclude, channel=config.channel,
         voxels=not config.quick, nan=config.nan, workers=config.workers or None, progress=not config.json,
     )  # fmt: skip
+    if not config.quick:
+        found = lookalikes(manifest, manifest.cases, workers=config.workers)
+        manifest = manifest.with_cases(manifest.cases, tuple(found))
     if config.yes:
         manifest = manifest.confirmed()
     _keep_previous(Path(config.out), manifest)
@@ -169,6 +173,9 @@ def prepare_all(
         chosen, plan, store=store, workers=workers, title="prepare" if sys.stderr.isatty() else None, dask=dask
     )
     left = left.with_cases(left.cases, told(stored, left))
+    known = {problem.what for problem in manifest.problems}
+    alike = lookalikes(left, left.cases, store, workers)
+    left = left.with_cases(left.cases, tuple(replace(p, question=False) for p in alike if p.what not in known))
     log_problems(left, before=len(manifest.problems))
     log_twins(stored)
     return stored, left
