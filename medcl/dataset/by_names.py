@@ -135,12 +135,15 @@ def _pair(
     """The label maps of every image, and those that belong to none."""
     exact, loose = (_index(images, functools.partial(naming.pair_key, loose=loose)) for loose in (False, True))
     persons = _index(images, reading.keys.__getitem__)
+    stems = _index(images, lambda name: naming.stem(name).casefold())
     pairs: dict[str, list[str]] = defaultdict(list)
     problems = []
     for label in labels:
         own = persons.get(reading.keys[label], [])
         fits = exact.get(naming.pair_key(label)) or _by_place(root, label, own, reading)
         fits = fits or loose.get(naming.pair_key(label, loose=True), [])
+        same = stems.get(naming.stem(label).casefold(), [])
+        fits = fits or (same if len(same) == 1 else [])
         if not fits:
             what = "is named, placed or filled like a label map, but no image matches it"
             problems.append(Problem(label, what, f"It is left out. {BY_TABLE}"))

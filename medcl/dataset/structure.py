@@ -14,11 +14,11 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from medcl.dataset import naming
+from medcl.dataset.second_readings import MOST_VISITS, second_readings
 from medcl.dataset.tokens import Token, channel_files, template_of, tokens, without_channel
 
 Key = tuple[str, ...]
 Parsed = dict[str, list[Token]]
-MOST_VISITS = 10  # images of one person under numbers of their own; above, the first number is a site's or a batch's
 _PLAIN = re.compile(r"^(scan|v|t|acq|rep)[-_]?\d+$")  # as often the number of a person as that of a visit
 SURELY = 0.7  # of the subjects of the other reading: with fewer, a person is asked
 
@@ -64,6 +64,8 @@ def read_subjects(images: Sequence[str], others: Sequence[str] = ()) -> Reading:
             reading = _constant_number(images, parsed, values, reading)
         if not reading.doubt:
             reading = _prefixes(images, parsed, reading)
+        if not reading.doubt:
+            reading = _joined(images, parsed, values, reading)
     reading.occasions = {name: frozenset(varying[name]) - set(reading.keys[name]) for name in every}
     return reading
 
@@ -144,6 +146,10 @@ def _words(images: Sequence[str], parsed: Parsed) -> dict[str, Key]:
 def _linked(images: Sequence[str], others: Sequence[str], values: dict[str, Key]) -> dict[str, Key]:
     """Of label maps whose code no image has, the code of images that ends in the same digits (`orig001`, `seg001`)."""
     known = {values[name][:1] for name in images}
+    holders: dict[str, set[str]] = defaultdict(set)
+    for name in images:
+        for value in values[name]:
+            holders[value].add(name)
     by_digits = defaultdict(set)
     for key in known:
         by_digits[tuple(_digits(value) for value in key)].add(key)
@@ -151,8 +157,16 @@ def _linked(images: Sequence[str], others: Sequence[str], values: dict[str, Key]
     for name in others:
         first = values[name][:1]
         found = by_digits.get(tuple(_digits(value) for value in first), set())
-        if first not in known and len(found) == 1:
+        if first in known:
+            continue
+        if len(found) == 1:
             linked[name] = (*next(iter(found)), *values[name][1:])
+            continue
+        # of several codes, those that images have too
+        shared = [holders[value] for value in values[name] if value in holders]
+        same = {values[image] for image in set.intersection(*shared)} if shared else set()
+        if len(same) == 1:
+            linked[name] = next(iter(same))
     return linked
 
 
@@ -231,15 +245,30 @@ def _prefixes(images: Sequence[str], parsed: Parsed, reading: Reading) -> Readin
         return Reading(reading.keys, {}, more, doubt)
     # a name of one's own, and a few numbers that repeat for everybody
     alike = len(torn) == len(owners) and all(len(words) == 1 for words in ahead.values())
-    if alike and len(spelled) > len(owners):
+    if alike and len(spelled) >= 2 * len(owners):
         return Reading(last, {}, more)
     return Reading(_join(reading.keys, last), {}, more, doubt)
 
 
+def _joined(images: Sequence[str], parsed: Parsed, values: dict[str, Key], reading: Reading) -> Reading:
+    """Persons whom a second reading of the names puts together."""
+    keys, before = reading.keys, len({reading.keys[name] for name in images})
+    for group in second_readings(images, parsed, reading.keys, values):
+        keys = _join(keys, {name: (str(group[name]),) for name in images})
+    if keys is reading.keys:
+        return reading
+    parted: dict[Key, str] = {}
+    for name in sorted(images):
+        other = parted.setdefault(keys[name], name)
+        if reading.keys[other] != reading.keys[name]:
+            return Reading(keys, {}, max(reading.more, before), _two([other, name]))
+    return reading
+
+
 def _ahead(found: Sequence[Token], key: Key) -> Key:
     """The unknown words before a person's number, save those that the path says again behind it."""
-    place = next((i for i, token in enumerate(found) if token.value in key), len(found))
-    behind = {token.value for token in found[place:]}
+    places = [i for i, token in enumerate(found) if token.value in key] or [len(found)]
+    place, behind = places[0], {token.value for token in found[places[-1] :]}
     words = (t.value for t in found[:place] if t.kind in ("word", "place", "id") and t.value not in behind)
     return tuple(dict.fromkeys(words))
 

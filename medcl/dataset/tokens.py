@@ -56,13 +56,15 @@ def _pieces(part: str) -> list[tuple[str, str]]:
         word, *words = words
         if words and words[0].isdigit() and naming.is_moment(f"{word}-{words[0]}"):
             pieces.append(("moment", f"{word}-{words.pop(0)}"))
+        elif scanner := re.match(r"^(mr|ct|pet|pt)(\d{2,})$", word):
+            pieces += [("role", scanner[1]), ("id", scanner[2])]
         elif naming.is_role(word):
             pieces.append(("role", word))
         elif naming.is_moment(word):
             pieces.append(("moment", word))
         elif words and re.fullmatch(_CONTAINER, word) and re.fullmatch(r"\d+|\w", words[0]):
             pieces.append(("place", f"{word}-{words.pop(0)}"))
-        elif re.fullmatch(rf"({_CONTAINER})\d*", word):
+        elif re.fullmatch(rf"({_CONTAINER})\d*|\w*(part|fold|batch|subset)\d+", word):
             pieces.append(("place", word))
         elif (glued := re.match(r"^([^\W\d]+)(\d+)$", word)) and naming.is_generic(glued[1]):
             pieces += [("role", glued[1]), ("id", glued[2])]
