@@ -38,6 +38,9 @@ def _scan(config: Any) -> None:
     elif manifest.questions:
         following = f" Next: medcl scan {source} --write-table cases.csv"
     else:
+        # what the options have chosen is in the manifest only
+        chosen = config.yes or config.table or config.include or config.exclude or config.nan != "reject"
+        source = _quoted(config.out) if chosen or config.channel is not None else source
         following = f" Next: medcl pretrain {source} --out runs/NAME" if manifest.cases else ""
     print(f"Manifest in {config.out}.{following}")
 

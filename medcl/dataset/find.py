@@ -65,7 +65,7 @@ def choose(found: Found, include: Sequence[str], exclude: Sequence[str]) -> None
     left = sorted(set(every) - wanted)
     if left:
         what = f"is left out by --include or --exclude, as {len(left)} files are"
-        found.problems.append(Problem(left[0], what, "Change the patterns to take it.", aside=False))
+        found.problems.append(Problem(left[0], what, "Nothing is to be done if that is meant.", aside=False))
 
 
 def _fits(path: str, patterns: Sequence[str]) -> bool:

@@ -145,7 +145,7 @@ def _doubt(case: Case, found: Evidence) -> Problem:
     return Problem(
         case.image[0],
         f"{looks}, but its voxels, {found.low:g} to {found.high:g}, are not in HU: it would be scaled by its own range",
-        "Convert it to HU.",
+        "Convert it to HU, or say another modality in a table.",
         aside=False,
         question=True,
     )

@@ -21,7 +21,7 @@ from medcl.dataset.passed_over import passed_over
 from medcl.dataset.roles import check_no_label
 from medcl.dataset.series import Series, find_series, problem_of, relative
 from medcl.dataset.summary import print_summary, summary_dict
-from medcl.dataset.table import read_table
+from medcl.dataset.table import is_table, read_table
 from medcl.dataset.twins import shared_labels, without_twins
 from medcl.errors import MedclError
 from medcl.io.detached import volume_files
@@ -68,7 +68,7 @@ def scan(
     Raises:
         MedclError: the folder does not exist, may not be read, or holds nothing that looks like a volume.
     """
-    if str(source).endswith(".csv"):
+    if is_table(source):
         source, table = Path(source).parent, source
     root, found = find(Path(source).expanduser()) if not table else (Path(source).expanduser().resolve(), Found())
     if table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 from medcl.dataset.tokens import Token
 
@@ -18,7 +18,6 @@ MOST_VISITS = 10  # images of one person under numbers of their own
 FEW = 3  # numbers of its own that a folder has on average, if it may be a person's
 _SUFFIX = re.compile(r"^([^\W\d]*\d+)[^\W\d]{1,3}\d{0,3}$")  # P01a, S01V1, P01OD
 _SIDE = re.compile(r"^(.*?)[rl](\d+)$")  # KneeR01, KneeL01
-_PREFIX = re.compile(r"^([^\W\d]{1,3}\d?)(?=[^\W\d]+\d)|^([^\W\d]{1,3})(?=\d)")  # msub01, c1sub01, r001
 
 
 def second_readings(
@@ -57,18 +56,24 @@ def _spellings(codes: Mapping[str, Key]) -> Group:
     return {name: tuple(plain[value] for value in key) for name, key in codes.items()}
 
 
-def _plain(value: str, known: Iterable[str]) -> str:
+def _plain(value: str, known: Collection[str]) -> str:
+    """A code in the form that its variants share.
+
+    Args:
+        value: the code.
+        known: all codes of the folder.
+    """
     if value.isdigit():
         return value.lstrip("0") or "0"
-    if found := _SUFFIX.match(value):
-        value = found[1]
+    for length in range(4, 0, -1):
+        rest = value[length:]
+        if rest in known and not (value[length - 1].isdigit() and rest[0].isdigit()):
+            return _plain(rest, known)
+    found = _SUFFIX.match(value)
+    value = found[1] if found else value
     side = _SIDE.match(value)
     if side and {f"{side[1]}r{side[2]}", f"{side[1]}l{side[2]}"} <= set(known):
         return side[1] + side[2]
-    prefix = _PREFIX.match(value)
-    if prefix and value[prefix.end() :] in known:
-        value = value[prefix.end() :]
-        return (value.lstrip("0") or "0") if value.isdigit() else value
     return value
 
 

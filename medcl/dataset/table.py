@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -31,6 +32,13 @@ from medcl.runtime.files import atomic_path
 
 COLUMNS = ("image", "label", "subject", "session", "site", "modality", "split")
 MODALITIES = {"": "unknown", "unknown": "unknown", "mr": "MR", "mri": "MR", "ct": "CT", "pet": "PET", "pt": "PET"}
+# what is a target by its place, and nearly surely meant otherwise
+_MEANT = {
+    **dict.fromkeys(
+        ("patient", "patientid", "subjectid", "participant", "participantid", "person", "personid"), "subject"
+    ),
+    **dict.fromkeys(("labels", "seg", "segmentation", "mask", "masks", "annotation", "labelmap", "gt"), "label"),
+}
 SPLITS = {"": None, "train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
 Read = Callable[[list[str]], Series]
 
@@ -43,6 +51,11 @@ class Table:
     label_names: dict[int, str]
     problems: tuple[Problem, ...]
     rule: str
+
+
+def is_table(source: str | Path) -> bool:
+    """Whether a source is a table of cases, by its ending."""
+    return str(source).lower().endswith((".csv", ".tsv"))
 
 
 def read_table(path: Path, root: Path, series: Read) -> Table:
@@ -60,8 +73,14 @@ def read_table(path: Path, root: Path, series: Read) -> Table:
     images = [name for name in header if name == "image" or name.startswith("image:")]
     labels = [name for name in header if name.startswith("label:")]
     further = [name for name in header if name and name.split(":")[0] not in COLUMNS]
+    for name in further:
+        meant = _MEANT.get(re.sub(r"[\W_]", "", name.lower()))
+        if meant and not any(column.split(":")[0] == meant for column in header):
+            remedy = f"Rename it `{meant}` if it is that, or add a column `{meant}`."
+            raise MedclError(f"has a column {name!r} and no column {meant!r}", path, remedy)
     if not images:
-        raise MedclError("has no column `image`", path, f"Its columns are {', '.join(header)}: rename one.")
+        shown = ", ".join(name[:40] for name in header[:8])
+        raise MedclError("has no column `image`", path, f"Its first line must name the columns; it is: {shown}.")
     if labels and "label" in header:
         raise MedclError("has both `label` and `label:NAME` columns", path, "Keep one kind.")
     places = _Places(path, root, series)
@@ -84,7 +103,11 @@ def read_table(path: Path, root: Path, series: Read) -> Table:
     if "subject" not in header:
         cases, more = _with_guessed_subjects(cases)
         problems += more
+    if not cases:
+        first = f" First: {problems[0]}" if problems else ""
+        raise MedclError(f"names no image that can be used.{first}", path, "Write one line for each image.")
     _check_parts(cases, path)
+    _check_spellings([row["subject"] for _, row in rows if "subject" in row], path)
     structures = sorted({name for case in cases for name, _ in case.masks})
     names = {0: "background", **dict(enumerate(structures, 1))} if structures else {}
     said = [name for name in header if name in COLUMNS]
@@ -95,8 +118,12 @@ def read_table(path: Path, root: Path, series: Read) -> Table:
 def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise MedclError("no such table", path, "Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise MedclError(f"cannot be read as a table ({error})", path, "Save it as CSV in UTF-8.") from None
+    if re.match(r"sep=.\r?\n", text):  # a line of Excel's
+        text = text.split("\n", 1)[1]
     first = text.split("\n", 1)[0]
     reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=first.count))
     lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
@@ -157,7 +184,10 @@ class _Places:
                 path = header_file(path)
                 return Path(os.path.relpath(path.resolve(), self.root)).as_posix()
         what = f"is named in line {number} of {self.table.name}, and is not there"
-        self.problems.append(Problem(cell, what, f"Paths start at the folder of the table, or at {self.root}."))
+        remedy = f"Paths start at the folder of the table, or at {self.root}."
+        if "\\" in cell:
+            remedy = "Write folders with slashes (a/b.nii.gz), not backslashes."
+        self.problems.append(Problem(cell, what, remedy))
         return ""
 
     def label(self, cell: str, number: int) -> tuple[str | None, tuple[tuple[str, str], ...]]:
@@ -210,6 +240,18 @@ def _check_parts(cases: Iterable[Case], path: Path) -> None:
     for subject, found in parts.items():
         if len(found) > 1:
             raise MedclError(f"has subject {subject} in {' and '.join(sorted(found))}", path, "Give each one part.")
+
+
+def _check_spellings(subjects: Iterable[str], path: Path) -> None:
+    """Refuses subjects that differ as text and may be one person, or become one name."""
+    by_form: dict[str, str] = {}
+    for subject in subjects:
+        form = re.sub(r"\.0$", "", naming.safe(subject).casefold())
+        form = (form.lstrip("0") or "0") if form.isdigit() else form
+        other = by_form.setdefault(form, subject)
+        if other != subject:
+            remedy = "Write one person alike, and two by names that differ in more than spaces, case or zeros."
+            raise MedclError(f"has subjects {other!r} and {subject!r}, which may be one", path, remedy)
 
 
 def write_table(manifest: Manifest, path: str | Path) -> None:

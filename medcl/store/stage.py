@@ -34,6 +34,8 @@ SHOWN = 5  # problems logged one by one; all are in manifest.json
 
 def scan(config: ScanConfig) -> Manifest:
     """Scans a folder and writes its manifest."""
+    if config.source.endswith(".json"):
+        raise MedclError("is no folder of scans", config.source, "Scan a folder or a table.")
     manifest = scan_folder(
         config.source, table=config.table, include=config.include, exclude=config.exclude, channel=config.channel,
         voxels=not config.quick, nan=config.nan, workers=config.workers or None, progress=not config.json,
@@ -46,20 +48,21 @@ def scan(config: ScanConfig) -> Manifest:
     _keep_previous(Path(config.out), manifest)
     manifest.save(config.out)
     if config.write_table:
+        _keep_previous(Path(config.write_table))
         write_table(manifest, config.write_table)
     return manifest
 
 
-def _keep_previous(path: Path, manifest: Manifest) -> None:
-    """Renames a manifest of other content, which may have been edited by hand, so that no scan overwrites it."""
+def _keep_previous(path: Path, manifest: Manifest | None = None) -> None:
+    """Renames what was written before, which may have been edited by hand, so that no scan overwrites it."""
     if not path.exists():
         return
     with contextlib.suppress(MedclError):  # of an earlier version, or damaged: kept all the same
-        if Manifest.load(path) == manifest:
+        if manifest is not None and Manifest.load(path) == manifest:
             return
     kept = next(other for n in itertools.count(1) if not (other := path.with_suffix(f".{n}{path.suffix}")).exists())
     path.rename(kept)
-    log.info("%s was there before and differs: it is kept as %s.", path, kept.name)
+    log.info("%s was there before: it is kept as %s.", path, kept.name)
 
 
 def load_source(source: str, channel: int | None = None, previous_run: Path | None = None) -> Manifest:

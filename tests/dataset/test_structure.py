@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections import defaultdict
 
 import pytest
@@ -97,3 +98,60 @@ def test_tokens(name, expected):
     assert [(token.kind, token.value) for token in tokens(name)] == expected
     decomposed = name.replace("ü", "u\u0308")
     assert [token.value for token in tokens(decomposed)] == [value for _, value in expected]
+
+
+AB, FIVE = ("anna", "bert", "carl"), range(1, 6)
+SPELLED: dict[str, dict[str, object]] = {
+    "a letter behind": {f"P{i:02}{c}": i for i in FIVE for c in "ab"},
+    "visits behind": {f"S{i:02}V{v}": i for i in FIVE for v in (1, 2)},
+    "days behind": {f"M{i}D{v}": i for i in FIVE for v in (0, 14)},
+    "a second version": {"case01": 1, "case01v2": 1, "case02": 2, "case03": 3},
+    "eyes": {f"P{i:02}{c}": i for i in FIVE for c in ("OD", "OS")},
+    "sides before": {f"Knee{c}{i:02}": i for i in FIVE for c in "RL"},
+    "a program's prefixes": {f"{c}sub{i:02}": i for i in FIVE for c in ("", "m", "c1", "wm", "mwp1")},
+    "zeros": {f"T{m}/{i:03}" if m == 1 else f"T{m}/{i}": i for i in FIVE for m in (1, 2)},
+    "two scanners": {f"{m}/{m}{i:03}": i for i in FIVE for m in ("CT", "MR")},
+    "running numbers": {"001_K17": 17, "002_K18": 18, "003_K17": 17},
+    "accession numbers": {"A1001/0012345": 1, "A1002/0023456": 2, "A2044/0012345": 1},
+    "examinations": {"exam_77/P1/ct": 1, "exam_78/P2/ct": 2, "exam_79/P1/ct": 1},
+    "lesions": {"lesion1_pat11": 11, "lesion2_pat11": 11, "lesion3_pat12": 12},
+    "numbers in a person's folder": {"anna/5501": 1, "anna/5502": 1, "bert/5601": 2, "bert/5602": 2},
+    "few in waves": {f"wave{w}/{i:03}": i for w in (1, 2) for i in range(4)},
+    "many in waves": {f"wave{w}/{i:03}": i for w in (1, 2) for i in range(12)},
+    "years": {f"{year}/{name}": name for year in (2019, 2021) for name in AB},
+    "sites of three": {f"{site}/Case{i:02}": (site, i) for site in ("BIDMC", "BMC", "HK") for i in range(3)},
+    "three data sets": {
+        f"BraTS-{k}-{i:05}-000/BraTS-{k}-{i:05}-000-t1c": (k, i) for k in ("PED", "SSA", "MET") for i in range(15)
+    },
+    "an aneurysm twice": {**{f"100{i:02}/TOF": i for i in FIVE}, "10042B/TOF": 42, "10042F/TOF": 42},
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_a_second_reading_joins_and_asks(name):
+    files = {f"{path}.nii": person for path, person in SPELLED[name].items()}
+    images = sorted(files)
+    reading = read_subjects(images)
+    of_person = defaultdict(set)
+    for image, person in files.items():
+        of_person[person].add(reading.keys[image])
+    assert all(len(found) == 1 for found in of_person.values()), reading.keys
+    assert reading.doubt or name == "two scanners"  # CT and MR are asked by themselves
+    subjects = named_subjects(images, reading, naming.subjects(images))
+    assert doubts(images, reading, subjects)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [f"MR{i}/{c}" for i in (17000, 17031, 17040) for c in ("T2WI", "DWI")],
+        [f"{kind}/{i:03}" for kind, numbers in (("benign", range(9)), ("malignant", range(9, 20))) for i in numbers],
+        [f"PET{i:03}" for i in range(4)],
+    ],
+)
+def test_no_second_reading(files):
+    reading = read_subjects([f"{path}.nii" for path in files])
+    assert (
+        not reading.doubt
+        and len(set(reading.keys.values())) == len({re.sub(r"/[A-Z].*", "", path) for path in files}) >= 3
+    )

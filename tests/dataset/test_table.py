@@ -112,6 +112,13 @@ def test_masks_become_one_label_map_and_overlaps_are_told(scans):
         (("image,split", "a/x0.nii.gz,fold1"), "'fold1'.*train, val or test"),
         (("image,subject,split", "a/x0.nii.gz,p,train", "a/x1.nii.gz,p,test"), "subject p in test and train"),
         (("image,subject", "a/x0.nii.gz,p,q"), "line 2 has 3 cells"),
+        (("image,Subject ID", "a/x0.nii.gz,p"), "column 'subject id' and no column 'subject'"),
+        (("image,patient", "a/x0.nii.gz,p"), "no column 'subject'"),
+        (("image,seg", "a/x0.nii.gz,b/y0.nii.gz"), "no column 'label'"),
+        (("image,subject", "a/x0.nii.gz,Meier", "a/x1.nii.gz,meier"), "'Meier' and 'meier', which may be one"),
+        (("image,subject", "a/x0.nii.gz,01", "a/x1.nii.gz,1.0"), "which may be one"),
+        (("image,subject", "a/x0.nii.gz,M H", "a/x1.nii.gz,M-H"), "which may be one"),
+        (("image", "a/none.nii.gz"), "no image that can be used"),
     ],
 )
 def test_what_a_table_cannot_mean_is_one_line(scans, lines, words):
@@ -165,6 +172,23 @@ def test_a_written_table_of_masks(tmp_path):
     assert "label:liver,label:spleen" in (tmp_path / "cases.csv").read_text()
     again = scan(tmp_path / "cases.csv", workers=1)
     assert again.label_names == found.label_names and [c.masks for c in again.cases] == [c.masks for c in found.cases]
+
+
+def test_a_line_of_excel_and_backslashes(scans):
+    table(scans, "sep=;", "image;subject", "a/x0.nii.gz;p", "a\\x1.nii.gz;q")
+    manifest = load_source(str(scans / "cases.csv"))
+    assert len(manifest.cases) == 1 and "slashes" in manifest.problems[0].remedy
+
+
+def test_a_written_table_is_never_overwritten(scans):
+    for _ in range(2):
+        scan_stage(
+            ScanConfig(
+                str(scans), out=str(scans / "m.json"), write_table=str(scans / "mine.csv"), quick=True, workers=1
+            )
+        )
+        (scans / "mine.csv").write_text("mended by hand")
+    assert (scans / "mine.1.csv").read_text() == "mended by hand"
 
 
 def test_scan_keeps_a_manifest_that_differs(scans):
