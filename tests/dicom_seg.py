@@ -12,11 +12,12 @@ from pydicom.sequence import Sequence as Items
 from pydicom.uid import ExplicitVRLittleEndian, SegmentationStorage, generate_uid
 
 
-def _item(**values) -> Items:
+def items(**values) -> Items:
+    """A sequence of one item with these values; without any, an empty sequence."""
     data = Dataset()
     for name, value in values.items():
         setattr(data, name, value)
-    return Items([data])
+    return Items([data] if values else [])
 
 
 def write_seg(
@@ -56,15 +57,15 @@ def write_seg(
     data.SegmentSequence = Items()
     for number in masks:
         label = (names or {}).get(number, f"structure {number}")
-        data.SegmentSequence += _item(SegmentNumber=number, SegmentLabel=label)
-    data.ReferencedSeriesSequence = _item(SeriesInstanceUID=series)
+        data.SegmentSequence += items(SegmentNumber=number, SegmentLabel=label)
+    data.ReferencedSeriesSequence = items(SeriesInstanceUID=series)
     shared, per_frame = Dataset(), Items()
-    shared.PixelMeasuresSequence = _item(PixelSpacing=list(pitch))
-    shared.PlaneOrientationSequence = _item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])
+    shared.PixelMeasuresSequence = items(PixelSpacing=list(pitch))
+    shared.PlaneOrientationSequence = items(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])
     for number, z, _ in frames:
-        frame = _item(PlanePositionSequence=_item(ImagePositionPatient=[float(mm) for mm in positions[z]]))
+        frame = items(PlanePositionSequence=items(ImagePositionPatient=[float(mm) for mm in positions[z]]))
         if kind == "BINARY":
-            frame[0].SegmentIdentificationSequence = _item(ReferencedSegmentNumber=number)
+            frame[0].SegmentIdentificationSequence = items(ReferencedSegmentNumber=number)
         per_frame += frame
     data.SharedFunctionalGroupsSequence = Items([shared])
     data.PerFrameFunctionalGroupsSequence = per_frame

@@ -23,7 +23,7 @@ class Case:
         subject: the person; every split is by subject. Never a patient name (DICOM identifiers are hashed).
         image: the file, or the slice files of a DICOM series in slice order, relative to the manifest's root. A header
             comes first, the files beside it that hold its voxels after it.
-        label: the label map's file, relative to the root, or None.
+        label: the label map's file, or a SEG or RTSTRUCT object, relative to the root; or None.
         masks: instead of one label map, names of structures and their binary masks, relative to the root.
         format: `dicom`, or a format of `medcl.io.formats.SUFFIXES`: `nifti`, `nrrd`, `meta` (MHA/MHD), `analyze`, `mgh`
             (FreeSurfer), `minc`, `parrec`, `afni`, `tiff`.
@@ -145,7 +145,7 @@ class Manifest:
         return None if case.label is None else Path(self.root) / case.label
 
     def label_paths(self, case: Case) -> tuple[Path, ...]:
-        """What `read_volume` takes for a case's label map: its file; a DICOM SEG with its series. Empty without one."""
+        """The files of a case's label map: its own; of a DICOM object also those of its series. Empty without one."""
         path = self.label_path(case)
         if path is None:
             return ()

@@ -1,4 +1,4 @@
-"""The label map of a case, one file or several binary masks that make one; and the names of its values."""
+"""The label map of a case, one file or several structures that make one; and the names of its values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 from medcl.dataset.case import Case, Manifest, Problem
 from medcl.dataset.checks import check_grid, check_label_values, values_of
 from medcl.errors import MedclError
+from medcl.io.contours import is_structure_set, open_structures, spelled_alike, structure_names
+from medcl.io.formats import format_of
 from medcl.io.geometry import Header, Volume
 from medcl.io.volumes import read_header, read_volume
 
@@ -18,18 +20,33 @@ from medcl.io.volumes import read_header, read_volume
 def read_label(manifest: Manifest, case: Case) -> Volume:
     """Reads a case's label map.
 
-    Of binary masks, every structure takes the value that `manifest.label_names` gives its name. A voxel of several
-    masks takes the last of them; `notes` says how many there are.
+    Of binary masks and of an RTSTRUCT object, every structure takes the value that `manifest.label_names` gives its
+    name. A voxel of several takes the last of them; `notes` says how many there are.
 
     Raises:
         MedclError: the case has none, a file cannot be read, or masks differ in grid or are not binary.
     """
     paths = manifest.label_paths(case)
-    if paths:
-        return read_label_file(*paths)
-    if not case.masks:
+    values = {name: value for value, name in manifest.label_names.items()}
+    if not case.is_labelled:
         raise MedclError("has no label map", case.id, "Name it in a table.")
-    return _merged(case.masks, Path(manifest.root), {name: value for value, name in manifest.label_names.items()})
+    if not paths:
+        return _merged(case.masks, Path(manifest.root), values)
+    if _is_structure_set(paths):
+        return open_structures(paths[0], paths[1:]).draw(values)
+    return read_label_file(*paths)
+
+
+def structure_values(manifest: Manifest, case: Case) -> dict[str, int | None]:
+    """The label value of each structure of a case's RTSTRUCT object; empty where its label map is anything else."""
+    paths = manifest.label_paths(case)
+    values = {spelled_alike(name): value for value, name in manifest.label_names.items()}
+    names = structure_names(paths[0]) if _is_structure_set(paths) else []
+    return {name: values.get(spelled_alike(name)) for name in names}
+
+
+def _is_structure_set(paths: Sequence[Path]) -> bool:
+    return bool(paths) and format_of(paths[0]) == "dicom" and is_structure_set(paths[0])
 
 
 def _merged(masks: Sequence[tuple[str, str]], root: Path, values: dict[str, int]) -> Volume:
@@ -54,12 +71,12 @@ def _merged(masks: Sequence[tuple[str, str]], root: Path, values: dict[str, int]
 
 
 def read_label_header(*paths: Path) -> Header:
-    """Reads the header of a label map: one file, or a header and its file of voxels.
+    """Reads the header of a label map: one file, a header and its file of voxels, or a DICOM object and its series.
 
     Raises:
         MedclError: as `medcl.io.volumes.read_header`; or the map has several channels.
     """
-    header = read_header(paths)
+    header = open_structures(paths[0], paths[1:]).header if _is_structure_set(paths) else read_header(paths)
     if len(header.shape) > 3:
         raise MedclError(
             f"is a label map of {header.shape[3]} channels (one for each class?)", paths[0],

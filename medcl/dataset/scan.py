@@ -25,7 +25,7 @@ from medcl.dataset.table import is_table, read_table
 from medcl.dataset.twins import shared_labels, without_twins
 from medcl.errors import MedclError
 from medcl.io.detached import volume_files
-from medcl.io.formats import SUFFIXES
+from medcl.io.formats import SUFFIXES, format_of
 from medcl.io.geometry import Volume
 from medcl.io.units import rounded
 from medcl.io.volumes import pick_channel, read_header, read_volume
@@ -75,7 +75,7 @@ def scan(
         rows = read_table(Path(table).resolve(), root, lambda files: find_series(root, files, workers=workers))
         layout = layouts.with_unique_ids(Layout("table", rows.rule, rows.cases, rows.label_names, rows.problems))
         found.volumes = {case.image[0]: (root / case.image[0]).stat().st_size for case in layout.cases}
-        series = Series([], names_of(root, layout.cases, layout.label_names), [])
+        series = Series([], *names_of(root, layout.cases, layout.label_names))
     else:
         choose(found, include, exclude)
         found.problems += passed_over(root, found.volumes, found.others)
@@ -99,7 +99,7 @@ def scan(
     rule = layout.rule if layout.cases or not series.cases else ""
     if series.cases:
         series_rule = "DICOM: one case per series, the subject is the hashed patient number"
-        series_rule += ", labels are SEG objects" if any(case.is_labelled for case in series.cases) else ""
+        series_rule += f", labels are {' and '.join(series.label_kinds)} objects" if series.label_kinds else ""
         rule = f"{rule}; {series_rule}" if rule else series_rule
     manifest = Manifest(
         root=str(root),
@@ -178,7 +178,8 @@ def _inspect(task: tuple[Manifest, Case, int | None, bool, str]) -> _Result:
         if voxels:
             found = read_label(bare, case)
             label = checks.check_label(found, image, path, bare.label_names).array
-            case = replace(case, notes=(*case.notes, *found.notes) if case.masks else case.notes)
+            merged = case.masks or format_of(first) == "dicom"
+            case = replace(case, notes=(*case.notes, *found.notes) if merged else case.notes)
             if not label.any():
                 what = "the label map holds background only"
                 empty = Problem(first, what, "Check that it is meant so; it counts as labelled.", aside=False)

@@ -23,13 +23,15 @@ class Series:
 
     Attributes:
         cases: one for each series and patient.
-        label_names: name of every label value, with those of SEG objects.
+        label_names: name of every label value, with those of SEG and RTSTRUCT objects.
         problems: files set aside, and warnings.
+        label_kinds: which kinds of objects are label maps: `SEG`, `RTSTRUCT`.
     """
 
     cases: list[Case]
     label_names: dict[int, str]
     problems: list[Problem]
+    label_kinds: tuple[str, ...] = ()
 
 
 def find_series(
@@ -56,7 +58,7 @@ def find_series(
     outlines = [one for one in slices if one.kind in dicom.SEGMENTATIONS]
 
     cases: list[Case] = []
-    series_of: dict[str, list[str]] = defaultdict(list)
+    series_of: dict[str, list[Case]] = defaultdict(list)
     for uid, patients in _grouped(slices).items():
         if len(patients) > 1:
             first = min(one.path for own in patients.values() for one in own)
@@ -67,10 +69,11 @@ def find_series(
             found, told = _case(root, uid, own)
             cases += found
             problems += told
-            series_of[uid] += [case.id for case in found]
+            series_of[uid] += found
     labels, names, told = label_maps(root, outlines, series_of, label_names or {})
     labelled = [replace(case, label=labels.get(case.id)) for case in cases]
-    return Series(labelled, names, problems + told)
+    kinds = {one.kind for one in outlines if relative(root, one.path) in labels.values()}
+    return Series(labelled, names, problems + told, tuple(sorted(kinds, key=dicom.SEGMENTATIONS.index)))
 
 
 def _grouped(slices: Iterable[dicom.Slice]) -> dict[str, dict[str, list[dicom.Slice]]]:

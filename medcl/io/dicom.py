@@ -44,6 +44,7 @@ class Slice:
         refers: the SeriesInstanceUIDs that a segmentation outlines structures of.
         position: centre of the first voxel, LPS mm. `axes` are the unit vectors along a row and along a column.
         size: columns and rows; `pitch` the mm between them.
+        subject: the hashed patient number; of a SEG or an RTSTRUCT without one, empty.
         number: DICOM's InstanceNumber, or None.
         slope, intercept: from stored values to HU or the like.
     """
@@ -171,6 +172,7 @@ def _slices(data: Any, path: Path) -> list[Slice]:
         "refers": tuple(_referred(data)),
     }
     if data.get("Modality") in SEGMENTATIONS:
+        common["subject"] = common["subject"] if data.get("PatientID") else ""
         return [Slice(reason=f"is a {data.Modality} object, not a scan", **common)]
     if "Rows" not in data:
         return [Slice(reason=f"holds no image ({data.get('Modality', 'no modality')} object)", **common)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from medcl.errors import MedclError
 from medcl.io.dicom import SEGMENTATIONS, read_dataset, read_slices
-from medcl.io.formats import one_line_errors
+from medcl.io.formats import format_of, one_line_errors
 from medcl.io.geometry import Header
 from medcl.io.series import Geometry, arrange, header_of, without_copies
 
@@ -51,8 +51,7 @@ def open_segmentation(path: Path, series: Sequence[Path]) -> tuple[Header, Any]:
         raise MedclError(f"is a {data.get('Modality')} object, not a scan", path, "Leave it out.")
     if kind not in ("BINARY", "LABELMAP"):
         raise MedclError(f"is a DICOM SEG of type {kind or 'unknown'}, not BINARY", path, _CONVERT)
-    slices, _ = without_copies([one for file in series for one in read_slices(file)])
-    geometry = arrange(slices)
+    geometry = outlined_grid(series, path, _CONVERT)
     places = _places(data, geometry, path)
     header = header_of(geometry)
     largest = max((number for number, _ in places), default=0)
@@ -73,11 +72,29 @@ def open_segmentation(path: Path, series: Sequence[Path]) -> tuple[Header, Any]:
     return Header(geometry.shape, header.affine, str(dtype)), load
 
 
+def outlined_grid(series: Sequence[Path], path: Path, remedy: str) -> Geometry:
+    """The grid of a series on which an object's outlines can be placed slice by slice.
+
+    Args:
+        series: the files of the series.
+        path: the object that outlines it, and `remedy` what to do about the object, for the message.
+
+    Raises:
+        MedclError: the image is no DICOM series, or its slices form no grid or are resampled onto one.
+    """
+    if any(format_of(file) != "dicom" for file in series):
+        raise MedclError(f"outlines a DICOM series, and {series[0].name} is none", path, remedy)
+    slices, _ = without_copies([one for file in series for one in read_slices(file)])
+    geometry = arrange(slices)
+    if geometry.offsets.any() or not np.array_equal(geometry.heights, np.arange(geometry.shape[2])):
+        what = "outlines a series that is brought onto another grid (tilt, uneven distances)"
+        raise MedclError(what, path, remedy)
+    return geometry
+
+
 def _places(data: Any, geometry: Geometry, path: Path) -> list[tuple[int, int]]:
     """Segment number (0 in a label map) and slice of every frame."""
     stack = geometry.channels[0]
-    if geometry.offsets.any() or not np.array_equal(geometry.heights, np.arange(geometry.shape[2])):
-        raise MedclError("outlines a series that is brought onto another grid (tilt, uneven distances)", path, _CONVERT)
     first, positions = stack[0], np.array([one.position for one in stack])
     gap = float(np.linalg.norm(np.diff(positions, axis=0), axis=1).min())
     places = []

@@ -13,7 +13,7 @@ import numpy as np
 
 from medcl.dataset.case import Case, Manifest, Problem
 from medcl.dataset.checks import check_image, check_label, without_nan
-from medcl.dataset.labels import read_label
+from medcl.dataset.labels import read_label, structure_values
 from medcl.dataset.modality import check_hounsfield
 from medcl.dataset.roles import check_no_label
 from medcl.errors import MedclError
@@ -147,6 +147,8 @@ def case_key(manifest: Manifest, case: Case, plan: Plan, contents: ContentKeys) 
     if case.masks:
         values = {name: value for value, name in manifest.label_names.items()}
         parts["masks"] = [[values[name], contents.of_volume(Path(manifest.root) / file)] for name, file in case.masks]
+    if structures := structure_values(manifest, case):
+        parts["structures"] = structures
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -187,6 +189,9 @@ def prepare(
             key = case_key(manifest, case, plan, contents)
         except OSError as error:
             problems.append(_problem(case, MedclError(f"cannot be read ({error.strerror})", case.image[0])))
+            continue
+        except MedclError as error:
+            problems.append(_problem(case, error))
             continue
         paths[case.id] = root / key[:2] / key
         here = (paths[case.id] / "meta.json").exists()
