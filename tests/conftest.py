@@ -29,6 +29,15 @@ def same_precision():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def small_machine():
+    """What takes longer than a small run itself: new processes, and 256 rows read to tell an effective rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medcl.runtime.pool.available_cores", lambda: 1)
+        patch.setattr("medcl.losses.diagnostics.ROWS", 4)
+        yield
+
+
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
     """Twelve small synthetic subjects in the Decathlon's layout."""

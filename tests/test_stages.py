@@ -31,7 +31,7 @@ def test_equal_voxels_under_two_names_are_told_whatever_the_compression(tmp_path
     first = sorted(source.glob("*.nii.gz"))[0]
     nib.save(nib.load(first), source / "another.nii")
     setup_log()
-    medcl.prepare(PrepareConfig(str(source)))
+    medcl.prepare(PrepareConfig(str(source), workers=2))
     told = capsys.readouterr().err
     assert "holds the same voxels as" in told and "another.nii" in told
 
