@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,12 @@ import pytest
 from medcl.dataset.case import Case, Manifest
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_collection_finish():
+    """What has been imported by now stays: every later collection of garbage would look through all of it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
