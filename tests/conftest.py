@@ -38,8 +38,12 @@ def same_precision():
 
 @pytest.fixture(autouse=True, scope="session")
 def small_machine():
-    """What takes longer than a small run itself: new processes, and 256 rows read to tell an effective rank."""
+    """Less of what takes longer than a small run itself: processes, rows read to tell a rank, draws of a bootstrap."""
+    from medcl.mil import evaluation
+
+    draw = evaluation.group_bootstrap
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "group_bootstrap", lambda *given, **more: draw(*given, **{**more, "samples": 20}))
         patch.setattr("medcl.runtime.pool.available_cores", lambda: 1)
         patch.setattr("medcl.losses.diagnostics.ROWS", 4)
         yield
