@@ -200,7 +200,7 @@ def test_equal_pictures_of_one_owner_are_not_compared_and_of_two_are(pictures, t
 
 # --- stages -----------------------------------------------------------------------------------------------------------
 
-SMALL = {"hidden": 16, "embedding": 8}
+SMALL = {"hidden": 16, "embedding": 8, "size": [16, 16, 16]}
 
 
 def pretraining(source, out, **more) -> PretrainConfig:
