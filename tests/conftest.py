@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,12 @@ import pytest
 from medcl.dataset.case import Case, Manifest
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_collection_finish():
+    """What has been imported by now stays: every later collection of garbage would look through all of it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +33,19 @@ def same_precision():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def small_machine():
+    """Less of what takes longer than a small run itself: processes, rows read to tell a rank, draws of a bootstrap."""
+    from medcl.mil import evaluation
+
+    draw = evaluation.group_bootstrap
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "group_bootstrap", lambda *given, **more: draw(*given, **{**more, "samples": 20}))
+        patch.setattr("medcl.runtime.pool.available_cores", lambda: 1)
+        patch.setattr("medcl.losses.diagnostics.ROWS", 4)
         yield
 
 

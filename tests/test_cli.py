@@ -188,6 +188,6 @@ def test_scan_then_pretrain_on_a_folder_with_bad_volumes(tmp_path, phantoms, cap
     for name in (files[0].name, files[1].name, "constant.nii.gz", "flat.nii.gz", "fourd.nii.gz"):
         assert name in shown
     out = tmp_path / "run"
-    options = ["--options.hidden", "8", "--options.embedding", "4", "--batch_size", "2"]
+    options = ["--options.hidden=8", "--options.embedding=4", "--options.size=[16, 16, 16]", "--batch_size=2"]
     assert cli.main(["pretrain", str(folder), "--out", str(out), "--steps", "2", "--width", "4", *options]) == 0
     assert list((out / "weights").glob("*.safetensors")) and (out / "report.html").exists()

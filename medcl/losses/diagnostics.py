@@ -10,6 +10,7 @@ from medcl.losses.contrastive import cosine
 
 UNIFORMITY_T = 2.0
 MOST_ROWS = 512  # of embeddings compared pair by pair
+ROWS = 256  # behind the effective rank before and after training
 MEANING = {  # of the trivial solutions
     "constant": "with equal embeddings",
     "orthogonal": "with unrelated embeddings",

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 
 from medcl.errors import MedclError
+from medcl.losses import diagnostics
 from medcl.losses.diagnostics import MEANING, RankMemory, describe_pairs
 from medcl.pretext.base import PretextTask, features_among
 from medcl.runtime.run import log
@@ -80,11 +81,11 @@ class Watch(pl.Callback):
                     trainer.logger.log_metrics({name: rank}, trainer.global_step - 1)  # type: ignore[union-attr]
 
     def rank_of_unseen(self, trainer: pl.Trainer, module: Any) -> float | None:
-        """Effective rank of the features of 256 rows, of reads that no training step draws; the same at every call.
+        """Effective rank of the features of `ROWS` rows, of reads that no training step draws; the same at every call.
 
         As the task stands: before the first step it is what random weights give. Leaves no trace.
         """
-        memory = RankMemory()
+        memory = RankMemory(diagnostics.ROWS)
         with preserved(module), trainer.precision_plugin.train_step_context():
             for number in range(memory.size):
                 torch.manual_seed(number)  # dropout

@@ -75,12 +75,14 @@ RECIPES: dict[str, Recipe] = {
         options={"size": [16, 16, 16], "blocks": 1},
         swin={"size": [64, 64, 32]},
         variants=({"blocks": 0},),
+        steps=30,
     ),
     "pixcontrast": Recipe(
-        options={"size": [16, 16, 16]},
+        options={"size": [12, 12, 12]},
         swin={"size": [64, 64, 32]},
         variants=({"blocks": 0, "momentum": 0.9},),
-        steps=90,
+        steps=45,
+        lr=1e-2,
         goal=0.85,  # its teacher follows slowly
     ),
     "voco": Recipe(

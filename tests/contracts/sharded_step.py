@@ -1,10 +1,11 @@
-"""For tests/networks/test_sharding.py, on two processes: steps of a divided network against those of a whole one."""
+"""On two processes: steps of a divided network against those of a whole one, and of its momentum teacher."""
 
 from __future__ import annotations
 
 import copy
 import json
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,8 +33,8 @@ def train(backbone, teacher, x) -> list[float]:
     return norms
 
 
-def main(name: str) -> None:
-    dist.init_process_group("gloo")
+def compare(name: str) -> dict[str, Any]:
+    """What a backbone's steps give, divided over the processes of the group and whole."""
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
     strides = ((2, 2, 2),) * 5 if name == "swin_unetr" else STRIDES
@@ -49,11 +50,24 @@ def main(name: str) -> None:
         for a, b in zip(mine.net.state_dict().values(), theirs.net.state_dict().values(), strict=True)
     ]  # fmt: skip
     held = sum(own(p).numel() for p in many.parameters()) / sum(p.numel() for p in one.parameters())
-    if rank == 0:
-        print(json.dumps({
-            "sharded": is_sharded(many) and not is_sharded(one), "held": held, "norms": norms,
-            "apart": max(float((a - b).abs().max()) for a, b in pairs),
-        }))  # fmt: skip
+    return {
+        "sharded": is_sharded(many) and not is_sharded(one), "held": held, "norms": norms,
+        "apart": max(float((a - b).abs().max()) for a, b in pairs),
+    }  # fmt: skip
+
+
+def check(found: dict[str, Any]) -> None:
+    assert found["sharded"] and found["held"] < 0.6  # an uneven tensor's remainder is the first rank's
+    for divided, whole_one in zip(found["norms"][1], found["norms"][0], strict=True):
+        assert abs(divided - whole_one) < 1e-4 * whole_one
+    assert found["apart"] < 1e-5
+
+
+def main(name: str) -> None:
+    dist.init_process_group("gloo")
+    found = compare(name)
+    if dist.get_rank() == 0:
+        print(json.dumps(found))
     dist.destroy_process_group()
 
 

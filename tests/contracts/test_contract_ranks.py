@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import sharded_step
 import torch
 import torch.distributed as dist
 from battery import build, views_of
@@ -113,6 +114,10 @@ def work(rank: int, folder: str, chosen: Sequence[Case]) -> None:
             results["supervised"] = [tensor / RANKS for tensor in means]
         except Exception:
             results["supervised"] = traceback.format_exc()
+        try:
+            results["sharded"] = sharded_step.compare("unet")
+        except Exception:
+            results["sharded"] = traceback.format_exc()
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     dist.destroy_process_group()
@@ -175,3 +180,8 @@ def test_segmentation_losses_of_two_ranks_are_those_of_one_with_the_joined_batch
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
         apart = (halves[0][k] + halves[1][k]) / 2 - theirs
         assert float(apart.norm() / theirs.norm()) > 1e-3  # a rank's own loss is another one
+
+
+def test_a_divided_network_takes_the_steps_of_a_whole_one(joint_results):
+    assert not isinstance(joint_results["sharded"], str), joint_results["sharded"]
+    sharded_step.check(joint_results["sharded"])

@@ -42,7 +42,7 @@ def test_interval_covers_the_truth_as_often_as_it_says(n, skewed):
     assert 0.915 <= covered / trials <= 0.985
 
 
-@pytest.mark.parametrize("draws", [2, 3, 5])
+@pytest.mark.parametrize("draws", [2, 3, pytest.param(5, marks=pytest.mark.battery)])
 @pytest.mark.parametrize(
     ("spread", "least"),  # standard deviation over draws, over subjects and of what is left
     [((1, 1, 1), 0.9), ((1, 0.3, 0.5), 0.9), ((0, 1, 0.3), 0.93)],

@@ -138,7 +138,7 @@ def test_a_plain_copy_under_another_subject_is_an_overlap_of_its_folder(phantoms
     shutil.copytree(phantoms / "imagesTr", folder)
     one, *_ = sorted(folder.glob("*.nii.gz"))
     shutil.copy(one, folder / "stranger.nii.gz")
-    assert cli.main(["audit", str(folder), str(folder), "--store", str(tmp_path / "store")]) == 3
+    assert cli.main(["audit", str(folder), str(folder), "--store", str(tmp_path / "store"), "--workers", "2"]) == 3
     told = capsys.readouterr().out
     assert "stranger.nii.gz" in told and one.name in told and "1 of" in told
     (folder / "stranger.nii.gz").unlink()
@@ -200,7 +200,7 @@ def test_equal_pictures_of_one_owner_are_not_compared_and_of_two_are(pictures, t
 
 # --- stages -----------------------------------------------------------------------------------------------------------
 
-SMALL = {"hidden": 16, "embedding": 8}
+SMALL = {"hidden": 16, "embedding": 8, "size": [16, 16, 16]}
 
 
 def pretraining(source, out, **more) -> PretrainConfig:

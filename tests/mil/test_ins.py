@@ -121,7 +121,7 @@ def test_gradient_reaches_every_weight_and_the_teacher_follows_slowly(progress):
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_planted_instances_are_classified_from_bag_labels(classes):
-    config = MILFitConfig("", "", method="ins", epochs=50, lr=5e-3, options={"hidden": 32})
+    config = MILFitConfig("", "", method="ins", epochs=30, lr=5e-3, options={"hidden": 32})
     bags, labels, _ = planted(60, classes=classes)
     model = train(config, bags, labels, classes, seed=0)
     held, truth, marks = planted(30, seed=1, classes=classes)

@@ -22,7 +22,6 @@ from medcl.config.mil import MILEvaluateConfig, MILPredictConfig, MILPrepareConf
 from medcl.errors import MedclError
 from medcl.leakage.audit import compared
 from medcl.leakage.seen import Seen, SeenVolume, save_seen, seen_by
-from medcl.mil import evaluation as bags
 from medcl.mil.audit import BagAudit, audit_bags, encoder_of, record_encoder, volume_marks
 from medcl.mil.bag_set import load
 from medcl.mil.bags import Bag, Features, read_features, write_features
@@ -37,13 +36,6 @@ from medcl.store.signature import sign, subject_hash
 
 TILE = {"tile": 32, "mpp": 0.0, "tissue": 0.0}
 FIT = {"folds": 2, "epochs": 1, "options": {"hidden": 8}}
-
-
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch):
-    """The intervals are not what is tested here, and they take most of the time."""
-    draw = bags.group_bootstrap
-    monkeypatch.setattr(bags, "group_bootstrap", lambda *given, **more: draw(*given, **{**more, "samples": 20}))
 
 
 def pictures(folder: Path, count: int, first: int = 0, group: str = "g") -> Path:

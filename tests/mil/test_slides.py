@@ -97,7 +97,7 @@ def test_a_real_slide_from_pixels_to_a_heat_map(tmp_path):
 
 def test_images_are_classified_and_the_attention_drawn(tmp_path):
     rows = []
-    for number in range(12):
+    for number in range(8):
         spot = number % 2
         path = picture(tmp_path / f"{number}.png", (230, 120, 170), (215, 130, 180))
         pixels = np.array(Image.open(path))
@@ -111,13 +111,13 @@ def test_images_are_classified_and_the_attention_drawn(tmp_path):
     )
     prepare = {"encoder": str(run), "tile": 32, "mpp": 0.0}
     folder = prepare_bags(MILPrepareConfig(source, str(tmp_path / "bags"), **prepare))
-    fitted = fit(MILFitConfig(str(folder), str(tmp_path / "fit"), folds=3, epochs=20, lr=5e-3, options={"hidden": 16}))
+    fitted = fit(MILFitConfig(str(folder), str(tmp_path / "fit"), folds=2, epochs=20, lr=5e-3, options={"hidden": 16}))
     told = draw_attention(predict_bags(MILPredictConfig(str(fitted), str(folder), str(tmp_path / "told"))))
     assert Image.open(told / "attention" / "i01.png").size[0] >= 1000
     areas = json.loads((told / "attention" / "i01.geojson").read_text())["features"]
     assert len(areas) == 32
     tops = []
-    for number in range(1, 12, 2):
+    for number in range(1, 8, 2):
         best = max(
             json.loads((told / "attention" / f"i{number:02d}.geojson").read_text())["features"],
             key=lambda area: area["properties"]["measurements"]["attention"],
@@ -271,11 +271,13 @@ def test_a_volume_is_a_bag_of_cells_or_of_slices_too(tmp_path, phantoms, runs):
             MILPrepareConfig(source, str(tmp_path / name), encoder=encoder, instances=instances, tile=32)
         )
         fitted = fit(MILFitConfig(str(folder), str(tmp_path / f"{name}-fit"), folds=2, epochs=1))
+        one = (folder / "bags.csv").read_text().splitlines()[:2]
+        (folder / "bags.csv").write_text("\n".join(one) + "\n")
         told = predict_bags(MILPredictConfig(str(fitted), str(folder), str(tmp_path / f"{name}-told")))
         write_prediction_report(draw_attention(told))
         heat, scan = nib.load(told / "attention" / "v0.nii.gz"), nib.load(scans[0])
         assert heat.shape == scan.shape and np.allclose(heat.affine, scan.affine, atol=1e-4)
-        assert (told / "report.html").read_text().count("data:image/png") >= 4
+        assert (told / "report.html").read_text().count("data:image/png") == 1
         found[name] = read_features(folder / "features" / "v0.h5")
     assert len(found["cells"].h) > 50 and found["cells"].encoder.endswith(":cells-4x4x4-placed")
     # slices differ in z alone, and of the 2D encoder every one is an instance

@@ -20,7 +20,7 @@ def build(name: str, strides=ISOTROPIC, classes: int = 3, **more):
 
 def image_for(name: str) -> torch.Tensor:
     torch.manual_seed(1)
-    return torch.randn(1, 1, 64, 64, 32) if name == "swin_unetr" else torch.randn(2, 1, 16, 32, 16)
+    return torch.randn(1, 1, 64, 32, 32) if name == "swin_unetr" else torch.randn(2, 1, 16, 32, 16)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

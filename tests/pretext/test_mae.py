@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from recipes import SmallSwin
 from torch.nn.functional import avg_pool3d
 
 from medcl.errors import MedclError
@@ -24,7 +25,8 @@ def small_task(name: str = "unet", strides=((2, 2, 2),) * 2, **options) -> MAE:
     torch.manual_seed(0)
     plan = Plan(strides=strides)
     spec = BackboneSpec(name, strides=strides, width=12 if name == "swin_unetr" else 4)
-    return MAE(build_backbone(spec), plan, {"size": SMALL[name], "block": 4, **options})
+    backbone = SmallSwin(spec) if name == "swin_unetr" else build_backbone(spec)
+    return MAE(backbone, plan, {"size": SMALL[name], "block": 4, **options})
 
 
 def batch_of(task: MAE, count: int = 2, outside: int = 0) -> dict[str, torch.Tensor]:

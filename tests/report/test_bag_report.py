@@ -92,9 +92,10 @@ def test_the_page_of_predictions_shows_the_tiles_that_were_attended(tmp_path):
     write_rows(tmp_path / "bags.csv", rows)
     folder = prepare_bags(MILPrepareConfig(str(tmp_path / "bags.csv"), str(tmp_path / "out"), tile=32, mpp=0.0))
     run = fit(config(folder, tmp_path / "run", folds=2, epochs=20))
+    write_rows(folder / "bags.csv", list(csv.DictReader((folder / "bags.csv").open()))[:4])
     told = predict_bags(MILPredictConfig(str(run), str(folder), str(tmp_path / "told")))
     page = Page(write_prediction_report(told))
-    assert "8 bags: 4 benign, 4 malignant" in page.text and len(page.images) == 4 + 8
+    assert "4 bags: 2 benign, 2 malignant" in page.text and len(page.images) == 4 + 4
     assert str(tmp_path) not in page.without_images()
     # of the first bag shown, a malignant one, the first picture is the spot
     first = re.findall(r"data:image/png;base64,([^\"]+)", page.source)[0]

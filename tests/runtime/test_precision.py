@@ -64,7 +64,8 @@ def test_both_stages_train_in_bf16_on_a_cpu(phantoms, tmp_path):
     from medcl import FinetuneConfig, PretrainConfig
 
     common = {"width": 4, "steps": 1, "batch_size": 1, "accelerator": "cpu", "precision": "bf16"}
-    run = medcl.pretrain(PretrainConfig(str(phantoms), str(tmp_path / "pre"), task="pixcontrast", **common))
+    small = {"task": "pixcontrast", "options": {"size": [16, 16, 16]}}
+    run = medcl.pretrain(PretrainConfig(str(phantoms), str(tmp_path / "pre"), **small, **common))
     fine = medcl.finetune(
         FinetuneConfig(str(phantoms), str(tmp_path / "fine"), init=str(run), labels=2, **common)
     )

@@ -11,7 +11,6 @@ import medcl.store.stage
 from medcl import ScanConfig
 from medcl.checkpoint import load_weights
 from medcl.errors import MedclError
-from medcl.losses.diagnostics import RankMemory
 from medcl.pretext.global_local import GlobalLocal
 from medcl.pretext.stage import options_of
 from medcl.runtime.run import read_metrics
@@ -33,7 +32,6 @@ def test_a_killed_pretraining_resumes_bit_for_bit(tmp_path, phantoms, monkeypatc
 
 
 def test_a_pretraining_killed_after_its_last_step_is_finished(tmp_path, phantoms, monkeypatch):
-    monkeypatch.setattr(RankMemory.__init__, "__defaults__", (4,))  # so few steps tell a rank
     whole = medcl.pretrain(pretraining(phantoms, tmp_path / "whole"))
 
     def killed(*args):

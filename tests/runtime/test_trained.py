@@ -21,7 +21,7 @@ from medcl.runtime.trained import Record, Trained, count, summary
 from medcl.store.plan import Plan
 
 PIX = {"blocks": 1, "hidden": 8, "embedding": 4, "size": [16, 16, 16]}
-PLAN = Plan(spacing=(1.0, 1.0, 1.0), volume_size=(28, 24, 24), patch_size=(16, 16, 16), strides=((2, 2, 2),) * 3)
+PLAN = Plan(spacing=(4.0, 4.0, 4.0), volume_size=(28, 24, 24), patch_size=(16, 16, 16), strides=((2, 2, 2),) * 3)
 
 
 def pixcontrast(source, out, **more):

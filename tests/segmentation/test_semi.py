@@ -39,7 +39,7 @@ def network(classes: int = 3):
 
 
 @pytest.mark.parametrize("semi", METHODS)
-@pytest.mark.parametrize("mix", ["none", "cutmix"])
+@pytest.mark.parametrize("mix", [pytest.param("none", marks=pytest.mark.battery), "cutmix"])
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, phantoms, monkeypatch, semi, mix):
     options = {"start": 0.25, "momentum": 0.6}
     settings = {"checkpoint_every": 2, "semi": semi, "mix": mix, "semi_options": options}
