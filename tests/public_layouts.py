@@ -253,6 +253,14 @@ SIMPLE: dict[str, Images] = {
     | simple("WORD-V0.1.0/imagesVal/word_{p:04}.nii.gz", "WORD-V0.1.0/labelsVal/word_{p:04}.nii.gz", (11, 12)),
     "two channels": {f"{c.lower()}/Subj{p}_{c}.nii": (str(p), ()) for c in ("T1", "FL") for p in (1, 2, 3)},
     "any script": {f"{name}.nii.gz": (name, ()) for name in ("张三", "李四", "王五", "Müller", "Möller", "Иванов")},
+    "AbdomenCT-1K in parts": {
+        f"AbdomenCT-1K-ImagePart{1 + p // 4}/Case_{p:05}_0000.nii.gz": (str(p), (f"Mask/Case_{p:05}.nii.gz",))
+        for p in range(1, 8)
+    },
+    "labels without a telling name": {
+        f"{p}/MRT.nii.gz": (p, (f"{p}/korrigiert.nii.gz",)) for p in ("anna", "bert", "carl")
+    },
+    "labels of equal name": {f"数据/{p}.nii.gz": (p, (f"分割/{p}.nii.gz",)) for p in ("张三", "李四", "王五")},
     "a few scans by number": {f"scan_{p:03}.nii.gz": (str(p), ()) for p in range(4)},
     "scans by number": {f"abdomen_scan_{p:03}.nii.gz": (str(p), ()) for p in range(12)},
     "visits of people with names": {

@@ -31,6 +31,8 @@ RULE = (
 def cases_by_names(root: Path, files: Sequence[str]) -> tuple[list[Case], list[Problem], str, dict[int, str]]:
     """Cases of a folder, problems and questions, the rule, and names of label values where masks are merged."""
     contents = Contents(root)
+    maps = [name for name in files if naming.is_probability(name)]
+    files = [name for name in files if name not in set(maps)]
     named = {name for name in files if naming.is_label(name)}
     labels = named | labels_by_content([name for name in files if name not in named], contents)
     images = [name for name in files if name not in labels]
@@ -39,6 +41,9 @@ def cases_by_names(root: Path, files: Sequence[str]) -> tuple[list[Case], list[P
     pairs, problems = _pair(root, images, sorted(labels), reading)
     label_of, masks_of, value_names, more = _settle(pairs, contents, reading)
     problems += more
+    if maps:
+        what = f"is named like a map of probabilities, as {len(maps)} files are, and is left out"
+        problems.append(Problem(maps[0], what, "Threshold it for a label map; or name it as an image in a table."))
     cases = [
         Case(
             naming.stem(name), subjects[name], (name,), label=label_of.get(name), masks=masks_of.get(name, ()),

@@ -33,6 +33,7 @@ _SIDE = re.compile(r"^(l|r|lh|rh|left|right|sag|cor|ax|axial|sagittal|coronal)$"
 _SUBJECT_FOLDER = re.compile(
     r"^(sub|subj|subject|patient|pat|case|participant|volunteer|person|pid|id|p|s)[-_ ]?\d+$|^sub-[a-z0-9]+$", re.I
 )
+_PROBABILITY = re.compile(r"^(probs?|probmaps?|probabilit(y|ies)|probseg|softmax|logits?|pve|uncertainty)$", re.I)
 _SPLITS = {"train": "tr|train|training", "val": "va|val|valid|validation", "test": "ts|test|testing"}
 # Folders that say what is inside, not whose it is.
 _GENERIC_FOLDER = re.compile(
@@ -62,6 +63,11 @@ def safe(name: str) -> str:
 def is_role(word: str) -> bool:
     """Whether a word tells what a file is (`t1`, `left`, `mask`, `train`) and never whose."""
     return any(kind.match(word) for kind in (_MODALITY, _SIDE)) or (is_generic(word) and not word[-1].isdigit())
+
+
+def is_probability(name: str) -> bool:
+    """Whether a file's name or folder says that it holds probabilities: `_prob`, `softmax/`, `_pve_0`."""
+    return any(_PROBABILITY.match(word) for word in re.split(r"[/_\-. ]+", without_suffix(name)))
 
 
 def is_moment(word: str) -> bool:

@@ -198,7 +198,7 @@ def _by_depth(images: Sequence[str], values: dict[str, Key]) -> Reading:
             for place in range(depth, longest):
                 keys = _join(keys, {name: found[place : place + 1] for name, found in values.items()})
         return Reading(keys, {}, everything, doubt)
-    return Reading(dict(values), {}, everything)
+    return Reading({name: found[:longest] for name, found in values.items()}, {}, everything)
 
 
 def _two(same: Sequence[str]) -> str:

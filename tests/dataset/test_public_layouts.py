@@ -145,6 +145,17 @@ def test_one_label_map_under_two_subjects_is_asked(tmp_path):
     assert question.file == "labels/p1.nii.gz" and "equal to labels/p4.nii.gz of subject p4" in question.what
 
 
+def test_maps_of_probabilities_are_neither(tmp_path):
+    images = simple("images/p{p:03}.nii.gz", "labels/p{p:03}.nii.gz")
+    made(tmp_path, images)
+    for name in ("images/p001_prob.nii.gz", "softmax/p002_class1.nii.gz", "images/p003_pve_0.nii.gz"):
+        write(tmp_path / name, (image(3) / 1000).clip(0, 1))
+    manifest = scan(tmp_path, workers=1)
+    check(manifest, images)
+    (told,) = manifest.problems
+    assert "as 3 files are" in told.what and told.aside
+
+
 def test_a_label_map_is_never_an_image(tmp_path):
     made(tmp_path, people(range(4), lambda p: one(p, "scans/brain_{p}.nii.gz")))
     write(tmp_path / "scans/atlas.nii.gz", label(0, binary=False))
