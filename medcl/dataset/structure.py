@@ -54,6 +54,8 @@ def read_subjects(images: Sequence[str], others: Sequence[str] = ()) -> Reading:
     values = _numbers(parsed)
     if not any(values[name] for name in images):
         values = _words(images, parsed)
+    else:  # a name among numbers
+        values = {name: found or _word_values(parsed[name])[:1] for name, found in values.items()}
     if not any(values[name] for name in images):
         reading = _moments(images, parsed, varying)
     else:
@@ -141,6 +143,10 @@ def _words(images: Sequence[str], parsed: Parsed) -> dict[str, Key]:
         name: tuple(dict.fromkeys(t.value for t in inside[name] if (parsed[name][-1].part, t.part) not in roles))
         for name in parsed
     }
+
+
+def _word_values(found: Sequence[Token]) -> Key:
+    return tuple(token.value for token in found if token.kind == "word")
 
 
 def _linked(images: Sequence[str], others: Sequence[str], values: dict[str, Key]) -> dict[str, Key]:

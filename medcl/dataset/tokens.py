@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections import defaultdict
@@ -42,6 +43,7 @@ def tokens(name: str) -> list[Token]:
     return found
 
 
+@functools.lru_cache(maxsize=1 << 16)  # folders and endings repeat
 def _pieces(part: str) -> list[tuple[str, str]]:
     if _UID.match(part):
         return [("id", part)]
