@@ -54,7 +54,7 @@ def cases_by_names(root: Path, files: Sequence[str]) -> tuple[list[Case], list[P
     rule = RULE
     count = len(set(subjects.values()))
     if reading.more > count and not reading.doubt:
-        rule += f"; other numbers in the names would make {reading.more} subjects"
+        rule += f"; other parts of the names would make {reading.more} subjects"
     if count == len(images) > 1:
         rule += "; here every file is its own subject"
     by_content = labels - named

@@ -68,7 +68,7 @@ def shared_labels(read: Iterable[Pair]) -> list[Problem]:
                 f"is the label map of subject {same[0].subject}, and equal to {other.label_files[0]} "
                 f"of subject {other.subject}{more}"
             )
-            remedy = f"Only one of them can be right. {BY_TABLE}"
+            remedy = f"Correct it in a table, or take both as they are with --yes. {BY_TABLE}"
             questions.append(Problem(same[0].label_files[0], what, remedy, aside=False, question=True))
     return questions
 
