@@ -293,7 +293,7 @@ def check_other_seeds_give_other_views(case: Case) -> None:
 
 def check_nothing_is_learnt_where_there_is_no_data(case: Case) -> None:
     """Whatever a read holds beyond its volume: equal gradients, of networks of volumes and of slices."""
-    for dims in (3, 2):
+    for dims in (3,) if case.backbone == "swin_unetr" else (3, 2):  # which sees no slices by themselves
         torch.manual_seed(0)
         plan = case.plan if dims == 3 else case.plan.slicewise()
         spec = BackboneSpec(case.backbone, strides=plan.strides, width=WIDTHS[case.backbone], spatial_dims=dims)
