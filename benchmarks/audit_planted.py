@@ -251,7 +251,7 @@ def counted(name: str, kind: str, found: list[float]) -> list[dict[str, object]]
     counts, _ = np.histogram(np.clip(found, BINS[0], BINS[-1]), BINS)
     return [
         {"set": name, "pairs": kind, "from": f"{low:.2f}", "count": int(count)}
-        for low, count in zip(BINS, counts, strict=False)
+        for low, count in zip(BINS[:-1], counts, strict=True)
         if count
     ]
 

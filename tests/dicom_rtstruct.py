@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from dicom_seg import items
+from dicom_seg import items, saved
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
+from pydicom.uid import RTStructureSetStorage, generate_uid
 
 
 def write_rtstruct(
@@ -48,9 +48,4 @@ def write_rtstruct(
                 ContourData=[f"{number:.4f}" for number in np.ravel(points)],
             )
         data.ROIContourSequence += items(ReferencedROINumber=number, ContourSequence=drawn)
-    if edit:
-        edit(data)
-    data.ensure_file_meta()
-    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data.save_as(path, enforce_file_format=True)
-    return path
+    return saved(data, path, edit)

@@ -20,6 +20,16 @@ def items(**values) -> Items:
     return Items([data] if values else [])
 
 
+def saved(data: Dataset, path: Path, edit: Callable[[Dataset], None] | None) -> Path:
+    """Writes an object to a file, after what a test wants to change in it."""
+    if edit:
+        edit(data)
+    data.ensure_file_meta()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
 def write_seg(
     path: Path,
     masks: Mapping[int, np.ndarray],
@@ -71,9 +81,4 @@ def write_seg(
     data.PerFrameFunctionalGroupsSequence = per_frame
     pixels = np.stack([plane for _, _, plane in frames]).astype(np.uint8)
     data.PixelData = pack_bits(pixels.ravel()) if kind == "BINARY" else pixels.tobytes() + b"\0" * (pixels.size % 2)
-    if edit:
-        edit(data)
-    data.ensure_file_meta()
-    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data.save_as(path, enforce_file_format=True)
-    return path
+    return saved(data, path, edit)

@@ -155,7 +155,7 @@ def _named(args: list[str], positional: Sequence[str], fields: dict[str, Any]) -
         raise MedclError(
             f"too many arguments: {extra}", "command line", f"Wanted: {' '.join(p.upper() for p in positional)}."
         )
-    return [f"--{name}={value}" for name, value in zip(positional, loose, strict=False)] + out
+    return [f"--{name}={value}" for name, value in zip(positional[: len(loose)], loose, strict=True)] + out
 
 
 def _take_values(rest: list[str]) -> list[str]:

@@ -145,7 +145,9 @@ def _person(text: str) -> str:
             break
     while words and (_MODALITY.match(words[0]) or _IMAGE_NAME.match(f"{words[0]}_")):
         words, joins = words[1:], joins[1:]
-    return "".join(word + join for word, join in zip(words, [*joins, ""], strict=False)).rstrip("_-. ")
+    if not words:
+        return ""
+    return "".join(word + join for word, join in zip(words, [*joins, ""], strict=True)).rstrip("_-. ")
 
 
 def subject(name: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 import re
 from collections import defaultdict
@@ -137,7 +138,7 @@ def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
         if len(line) > len(header):
             raise MedclError(f"line {number} has {len(line)} cells, the first line {len(header)}", path,
                              "Put cells that hold a comma in double quotes.")  # fmt: skip
-    return header, [(n, dict(zip(header, [*line, *[""] * len(header)], strict=False))) for n, line in lines[1:]]
+    return header, [(n, dict(itertools.zip_longest(header, line, fillvalue=""))) for n, line in lines[1:]]
 
 
 def _first_twice(values: Iterable[str]) -> str:

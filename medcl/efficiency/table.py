@@ -212,8 +212,8 @@ def print_benchmark(result: Mapping[str, Any]) -> None:
     drawn = Table(title=f"Dice of {result['subjects']} subjects, mean [95 % interval]", box=SIMPLE_HEAD, pad_edge=False)
     for i, heading in enumerate(head):
         drawn.add_column(escape(heading), justify="left" if i < 2 else "right", no_wrap=True)
-    for before, line in zip([None, *lines], lines, strict=False):
-        if before and before[0] != line[0]:
+    for i, line in enumerate(lines):
+        if i and lines[i - 1][0] != line[0]:
             drawn.add_section()
         drawn.add_row(*map(escape, line))
     console = Console()

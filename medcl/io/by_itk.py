@@ -65,8 +65,8 @@ def _nrrd_units(fields: dict[str, str], affine: np.ndarray) -> tuple[np.ndarray,
     notes = []
     world, own = (re.findall(r'"[^"]*"|\S+', fields.get(name, "")) for name in ("space units", "units"))
     kinds = fields.get("kinds", "").split()
-    if kinds:
-        own = [unit for unit, kind in zip(own, kinds, strict=False) if kind in ("space", "domain", "???", "none")]
+    if len(kinds) == len(own):
+        own = [unit for unit, kind in zip(own, kinds, strict=True) if kind in ("space", "domain", "???", "none")]
     by_world = bool(world) or "space directions" in fields
     for axis, unit in enumerate((world if by_world else own)[:3]):
         if not unit.strip('"?'):

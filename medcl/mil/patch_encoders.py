@@ -107,7 +107,7 @@ class VolumeEncoder(InstanceEncoder):
         # where voxels of the coarser maps lie is the backbone's to tell; in a finer one those of a cell lie in it
         places = [((1, 1, 1), (0.0, 0.0, 0.0)), *zip(self.backbone.reductions, self.backbone.offsets, strict=True)]
         centres = map_to_view(grid_points(grid, volume.device), torch.tensor(step, device=volume.device))
-        for map_, (reduction, first) in zip([intensity, *encoded], places, strict=False):
+        for map_, (reduction, first) in zip([intensity, *encoded], places[: 1 + len(encoded)], strict=True):
             if all(have % want == 0 for have, want in zip(map_.shape[2:], grid, strict=True)):
                 window = [n * have // want for n, have, want in zip(along, map_.shape[2:], grid, strict=True)]
                 stride = [have // want for have, want in zip(map_.shape[2:], grid, strict=True)]

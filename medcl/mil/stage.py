@@ -225,7 +225,7 @@ def write_attention(path: Path, features: Features, prediction: Prediction, clas
     where = features.coordinates
     rows = []
     for i in np.argsort(-prediction.attention, kind="stable"):
-        place = {} if where is None else {n: int(c) for n, c in zip("xyz", where[i], strict=False)}
+        place = {} if where is None else {"xyz"[axis]: int(c) for axis, c in enumerate(where[i])}
         row = {"instance": int(i), **place, "attention": f"{prediction.attention[i]:.6g}"}
         if prediction.instances is not None:
             row |= {f"p_{name}": f"{p:.6g}" for name, p in zip(classes, prediction.instances[i], strict=True)}

@@ -96,7 +96,7 @@ class UNetBackbone(Backbone):
     def decode(self, features: Sequence[Tensor], blocks: int | None = None) -> Tensor:
         ups = self._levels()[1][::-1]
         x = features[-1]
-        for up, skip in zip(ups[:blocks], reversed(features[:-1]), strict=False):
+        for up, skip in list(zip(ups, reversed(features[:-1]), strict=True))[:blocks]:
             x = run_block(up, torch.cat([skip, x.to(skip.dtype)], dim=1))
         return x
 
@@ -151,7 +151,7 @@ class DynUNetBackbone(Backbone):
     @in_parts
     def decode(self, features: Sequence[Tensor], blocks: int | None = None) -> Tensor:
         x = features[-1]
-        for up, skip in zip(list(self.net.upsamples)[:blocks], reversed(features[:-1]), strict=False):
+        for up, skip in list(zip(self.net.upsamples, reversed(features[:-1]), strict=True))[:blocks]:
             x = run_block(up, x, skip)
         return x if blocks is not None else self._output(x)
 
@@ -233,7 +233,7 @@ class SwinUNETRBackbone(Backbone):
     def decode(self, features: Sequence[Tensor], blocks: int | None = None) -> Tensor:
         net, x = self.net, features[-1]
         ups = (net.decoder5, net.decoder4, net.decoder3, net.decoder2, net.decoder1)
-        for up, skip in zip(ups[:blocks], reversed(features[:-1]), strict=False):
+        for up, skip in list(zip(ups, reversed(features[:-1]), strict=True))[:blocks]:
             x = run_block(up, x, skip)
         return x if blocks is not None else self._output(x)
 

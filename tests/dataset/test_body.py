@@ -96,7 +96,7 @@ def test_scan_tells_of_labels_outside_the_body(tmp_path):
     assert manifest.cases[0].label == "s1_seg.nii.gz"
 
 
-@pytest.mark.skipif(not (REAL / "ACDC").is_dir(), reason="needs the shared data")
+@pytest.mark.skipif(not (REAL / "ACDC").is_dir(), reason="the real scans and slides do not lie beside this checkout")
 def test_on_real_scans_nothing_changes():
     for name, every in (("Task04_Hippocampus", 20), ("ACDC", 14)):
         manifest = scan(REAL / name, voxels=False)

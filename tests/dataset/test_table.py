@@ -209,7 +209,9 @@ def test_patterns_choose_files_and_say_so(scans):
     assert len(scan(scans, exclude=["b"], workers=1).cases) == 4
 
 
-@pytest.mark.skipif(not (REAL / "dicom_ct_head").exists(), reason="the real scans do not lie beside this checkout")
+@pytest.mark.skipif(
+    not (REAL / "dicom_ct_head").exists(), reason="the real scans and slides do not lie beside this checkout"
+)
 def test_a_series_is_named_by_its_folder_or_a_file(tmp_path):
     found = scan(REAL / "dicom_ct_head", voxels=False, workers=1)
     write_table(found, tmp_path / "cases.csv")

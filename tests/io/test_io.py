@@ -111,15 +111,6 @@ def test_big_endian_comes_out_native(tmp_path):
     assert volume.array.dtype.isnative and np.array_equal(volume.array, array)
 
 
-def test_metres_become_millimetres_and_are_told(tmp_path):
-    image = nib.Nifti1Image(rng_array(), np.diag([0.001, 0.002, 0.003, 1]))
-    image.header.set_xyzt_units("meter")
-    nib.save(image, tmp_path / "a.nii")
-    volume = read_volume([tmp_path / "a.nii"])
-    assert np.allclose(volume.spacing, (1, 2, 3), atol=1e-5)
-    assert "converted to mm" in volume.notes[0]
-
-
 def test_write_keeps_shear_in_the_sform_and_sets_both_codes(tmp_path):
     affine = oblique("LPS")
     affine[0, 2] += 0.7  # shear

@@ -21,13 +21,14 @@ NO_ORIENTATION = "TIFF holds no orientation: left and right are a guess"
 # --- units -------------------------------------------------------------------------------------------------------
 
 
-def test_micrometres_of_nifti(tmp_path):
+@pytest.mark.parametrize("unit, mm", [("micron", 1e-3), ("meter", 1e3)])
+def test_units_of_nifti(tmp_path, unit, mm):
     image = nib.Nifti1Image(rng_array(), np.diag([0.65, 0.65, 2, 1]))
-    image.header.set_xyzt_units("micron")
+    image.header.set_xyzt_units(unit)
     nib.save(image, tmp_path / "a.nii")
     volume = read_volume([tmp_path / "a.nii"])
-    assert np.allclose(volume.spacing, (0.00065, 0.00065, 0.002), rtol=1e-6)
-    assert volume.notes == ("header is in microns: converted to mm",)
+    assert np.allclose(volume.spacing, np.array((0.65, 0.65, 2)) * mm, rtol=1e-6)
+    assert volume.notes == (f"header is in {unit}s: converted to mm",)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_a_constant_thumbnail_is_like_nothing(pictures):
     assert near_equal([flat, flat, *pictures], [f"s{i}" for i in range(COUNT + 2)], [0] * (COUNT + 2)) == []
 
 
-@pytest.mark.skipif(not (REAL / "ACDC").exists(), reason="needs the heart volumes")
+@pytest.mark.skipif(not (REAL / "ACDC").exists(), reason="the real scans and slides do not lie beside this checkout")
 def test_different_hearts_are_not_questioned():
     manifest = scan(REAL / "ACDC", voxels=False)
     cases = manifest.cases[:40]
