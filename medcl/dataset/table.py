@@ -23,13 +23,14 @@ from typing import Any
 from medcl.dataset import naming
 from medcl.dataset.by_names import doubts, named_subjects
 from medcl.dataset.case import Case, Manifest, Problem
+from medcl.dataset.labels import label_names
 from medcl.dataset.series import Series
 from medcl.dataset.structure import read_subjects
 from medcl.errors import MedclError
 from medcl.io.detached import header_file
 from medcl.io.dicom import is_dicom, may_be_dicom
 from medcl.io.formats import format_of, volume_suffix
-from medcl.runtime.files import atomic_path
+from medcl.runtime.files import atomic_path, read_json, write_json
 
 COLUMNS = ("image", "label", "subject", "session", "site", "modality", "split")
 MODALITIES = {"": "unknown", "unknown": "unknown", "mr": "MR", "mri": "MR", "ct": "CT", "pet": "PET", "pt": "PET"}
@@ -110,10 +111,20 @@ def read_table(path: Path, root: Path, series: Read) -> Table:
     _check_parts(cases, path)
     _check_spellings([row["subject"] for _, row in rows if "subject" in row], path)
     structures = sorted({name for case in cases for name, _ in case.masks})
-    names = {0: "background", **dict(enumerate(structures, 1))} if structures else {}
+    names = {0: "background", **dict(enumerate(structures, 1))} if structures else _label_names(path)
     said = [name for name in header if name in COLUMNS]
     rule = f"{path.name} says {', '.join([*said, *images[1:], *labels])}"
     return Table(tuple(cases), names, tuple(problems), rule + ("" if "subject" in header else "; subjects by names"))
+
+
+def names_file(table: Path) -> Path:
+    """Where the names of label values stand, `{"1": "liver"}`: a table has no place for them."""
+    return table.with_suffix(".labels.json")
+
+
+def _label_names(table: Path) -> dict[int, str]:
+    path = names_file(table)
+    return label_names(read_json(path)) if path.exists() else {}
 
 
 def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
@@ -256,15 +267,21 @@ def _check_spellings(subjects: Iterable[str], path: Path) -> None:
 
 
 def write_table(manifest: Manifest, path: str | Path) -> None:
-    """Writes the cases of a manifest as a table that `read_table` reads, paths relative to the table's folder."""
+    """Writes the cases of a manifest as a table that `read_table` reads, and names of label values beside it.
+
+    Paths are relative where they lie below the table's folder, else absolute.
+    """
     path = Path(path)
+    if any(manifest.label_names.values()) and not any(case.masks for case in manifest.cases):
+        write_json(names_file(path), {str(value): name for value, name in manifest.label_names.items()})
     structures = sorted({name for case in manifest.cases for name, _ in case.masks})
     targets = sorted({name for case in manifest.cases for name, _ in case.targets})
     labels = [f"label:{name}" for name in structures] or ["label"]
     header = ["image", *labels, *COLUMNS[2:], *targets]
 
-    def relative(name: str | None) -> str:
-        return "" if not name else Path(os.path.relpath(Path(manifest.root) / name, path.resolve().parent)).as_posix()
+    def place(name: str | None) -> str:
+        whole, folder = (Path(manifest.root) / (name or "")).resolve(), path.resolve().parent
+        return "" if not name else (whole.relative_to(folder) if whole.is_relative_to(folder) else whole).as_posix()
 
     stream = io.StringIO()
     writer = csv.DictWriter(stream, header, restval="", lineterminator="\n")
@@ -272,10 +289,10 @@ def write_table(manifest: Manifest, path: str | Path) -> None:
     for case in manifest.cases:
         if case.label and structures:
             raise MedclError("has a label map, and other images have masks", case.id, "Scan them as two folders.")
-        said = {"image": relative(case.image[0]), "subject": case.subject, "session": case.session, "site": case.site,
+        said = {"image": place(case.image[0]), "subject": case.subject, "session": case.session, "site": case.site,
                 "modality": case.modality, "split": case.split or ""}  # fmt: skip
-        said |= {f"label:{name}": relative(file) for name, file in case.masks} if structures else {
-            "label": relative(case.label)}  # fmt: skip
+        said |= {f"label:{name}": place(file) for name, file in case.masks} if structures else {
+            "label": place(case.label)}  # fmt: skip
         writer.writerow({**said, **dict(case.targets)})
     with atomic_path(path) as part:
         Path(part).write_text(stream.getvalue(), encoding="utf-8")

@@ -18,7 +18,7 @@ from medcl.config import PrepareConfig, ScanConfig
 from medcl.dataset.case import Case, Manifest, Problem
 from medcl.dataset.scan import scan as scan_folder
 from medcl.dataset.summary import grouped
-from medcl.dataset.table import write_table
+from medcl.dataset.table import names_file, write_table
 from medcl.errors import MedclError
 from medcl.runtime.run import log
 from medcl.store.lookalikes import lookalikes
@@ -48,7 +48,8 @@ def scan(config: ScanConfig) -> Manifest:
     _keep_previous(Path(config.out), manifest)
     manifest.save(config.out)
     if config.write_table:
-        _keep_previous(Path(config.write_table))
+        for path in (Path(config.write_table), names_file(Path(config.write_table))):
+            _keep_previous(path)
         write_table(manifest, config.write_table)
     return manifest
 

@@ -156,6 +156,18 @@ def test_a_written_table_says_what_was_found(tmp_path):
         assert [bool(c.label) for c in again.cases] == [bool(c.label) for c in found.cases]
 
 
+def test_names_of_label_values_go_with_the_table(tmp_path):
+    scans = tmp_path / "scans"
+    made(scans, simple("imagesTr/s{p:03}.nii.gz", "labelsTr/s{p:03}.nii.gz", range(3)))
+    (scans / "dataset.json").write_text('{"labels": {"0": "background", "1": "liver", "2": "spleen"}}')
+    found = scan(scans, workers=1)
+    write_table(found, tmp_path / "elsewhere/cases.csv")
+    again = scan(tmp_path / "elsewhere/cases.csv", workers=1)
+    assert again.label_names == found.label_names == {0: "background", 1: "liver", 2: "spleen"}
+    (tmp_path / "elsewhere/cases.labels.json").write_text('{"1": "liver"}')
+    assert "holds 2, but" in scan(tmp_path / "elsewhere/cases.csv", workers=1).problems[0].what
+
+
 def test_a_written_table_of_masks(tmp_path):
     made(
         tmp_path,
